@@ -1,0 +1,220 @@
+"""The command ``quail``. Exit code 0: done; 2: bad input, said in one line; 130: interrupted."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+DEFAULT_FORMATS = "bnb-nf4,bnb-fp4,ct-int4-sym,minmax-int4"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(EXIT_BAD_INPUT, f"quail: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by the OpenMP runtime when torch is imported
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"quail: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("quail: interrupted, nothing half-written was left", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="quail", description="Unlearn, quantize and audit language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="a real model learns, forgets, and is deployed in 4 bits")
+    demo.add_argument("--out", default="demo-out", help="new folder for checkpoints and report (%(default)s)")
+    demo.add_argument("--model", help="a folder or hub name instead of SmolLM2-135M-Instruct")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    unlearn = commands.add_parser("unlearn", help="make a model forget a set of examples")
+    unlearn.add_argument("--model", required=True, help="a folder or hub name")
+    unlearn.add_argument("--forget", required=True, help="JSON or JSON-lines file")
+    unlearn.add_argument("--retain", help="JSON or JSON-lines file; without one, retain_loss is none")
+    unlearn.add_argument("--out", required=True, help="new folder for the unlearned checkpoint")
+    unlearn.add_argument("--config", help="YAML file of QuailConfig and TrainingArguments fields")
+    unlearn.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="one such field; may be repeated"
+    )
+    unlearn.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights; default: as MODEL")
+    unlearn.add_argument("--max-length", type=int, default=512, help="tokens an example (%(default)s)")
+    unlearn.set_defaults(run=_unlearn)
+
+    audit = commands.add_parser("audit", help="compare the buckets of two checkpoints")
+    audit.add_argument("before")
+    audit.add_argument("after")
+    audit.add_argument("--formats", default=DEFAULT_FORMATS, help="comma-separated (%(default)s)")
+    audit.add_argument("--json", metavar="FILE", help="also write the whole report there")
+    audit.set_defaults(run=_audit)
+
+    evaluate = commands.add_parser("evaluate", help="score checkpoints as deployed")
+    evaluate.add_argument("models", nargs="+", metavar="MODEL")
+    evaluate.add_argument("--quantizers", default="none,bnb-nf4,bnb-fp4", help="comma-separated (%(default)s)")
+    evaluate.add_argument("--forget", required=True)
+    evaluate.add_argument("--retain")
+    evaluate.add_argument("--text", help="a text file for perplexity; default: the embedded one")
+    evaluate.add_argument("--limit", type=int, help="only the first so many examples of each set")
+    evaluate.add_argument("--json", metavar="FILE", help="also write every answer there")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _demo(args) -> None:
+    from .demo import run_demo
+    from .report import markdown
+
+    print(markdown(run_demo(args.out, args.model, args.seed)))
+    print(f"Written: {args.out}/report.md, report.json, report.png, and the checkpoints beside them.")
+
+
+def _unlearn(args) -> None:
+    import torch
+
+    from .data import UnlearningDataset, encode, load_examples
+    from .models import load_for_training, refuse_to_overwrite, save_checkpoint
+    from .trainer import QuailConfig, QuailTrainer, deploy_weights_
+
+    out = refuse_to_overwrite(args.out)
+    forget = load_examples(args.forget)
+    retain = load_examples(args.retain) if args.retain else None
+    config = QuailConfig(**_settings(args, out, retain is not None))
+    stored = _stored_dtype(args.model)
+    model, tokenizer = load_for_training(args.model)
+    dataset = UnlearningDataset(
+        encode(forget, tokenizer, args.max_length),
+        encode(retain, tokenizer, args.max_length) if retain else None,
+        config.seed,
+    )
+    trainer = QuailTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    if config.fake_quant:
+        deploy_weights_(model, config.fake_quant)
+    dtype = getattr(torch, args.dtype) if args.dtype else stored
+    save_checkpoint(model.cpu(), tokenizer, out, dtype)
+    print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps; saved {out} in {dtype}.")
+
+
+def _settings(args, out: Path, has_retain: bool) -> dict:
+    """QuailConfig's fields: our defaults, then the YAML file, then --set."""
+    import dataclasses
+
+    import yaml
+
+    from .trainer import QuailConfig
+
+    settings = {"output_dir": f"{out}.trainer", "save_strategy": "no", "learning_rate": 1e-5, "num_train_epochs": 5}
+    if not has_retain:
+        settings["retain_loss"] = "none"
+    if args.config:
+        try:
+            loaded = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"{args.config}: expected a YAML file; got {error}") from None
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{args.config}: expected a mapping of fields; got {type(loaded).__name__}")
+        settings |= loaded
+    for pair in args.set:
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected FIELD=VALUE; got {pair!r}")
+        settings[field] = _number(yaml.safe_load(value))
+    known = {field.name for field in dataclasses.fields(QuailConfig) if field.init}
+    for field in settings:
+        if field not in known:
+            raise ValueError(f"{field}: expected a field of QuailConfig or TrainingArguments; got {field!r}")
+    return settings
+
+
+def _number(value):
+    """YAML 1.1 reads 1e-5 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _stored_dtype(model: str):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).dtype
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model}: expected a model's folder or hub name; got {str(error):.200}") from None
+
+
+def _audit(args) -> None:
+    from .audit import audit
+
+    report = audit(args.before, args.after, _names(args.formats))
+    if args.json:
+        _write(args.json, report.to_json())
+    print(report.to_markdown())
+
+
+def _evaluate(args) -> None:
+    from importlib import resources
+
+    from .data import load_examples
+    from .evaluate import evaluate
+    from .models import QUANTIZERS, load_deployed, load_tokenizer
+
+    quantizers = _names(args.quantizers)
+    for quantizer in quantizers:
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizers: expected some of {', '.join(QUANTIZERS)}; got {quantizer!r}")
+    forget = load_examples(args.forget)[: args.limit]
+    retain = load_examples(args.retain)[: args.limit] if args.retain else []
+    try:
+        source = Path(args.text) if args.text else resources.files("quail") / "sets" / "general_text.txt"
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{args.text}: expected a text file; got {error.strerror}") from None
+    results = []
+    print("| model | quantizer | forget NLL | RgL | EM | retain NLL | RgL | EM | ppl |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        tokenizer = load_tokenizer(name)
+        for quantizer in quantizers:
+            model = load_deployed(name, quantizer)
+            r = evaluate(model, tokenizer, forget, retain, name=name, quantizer=quantizer, text=text)
+            sides = [
+                f"{side.nll:.3f} | {side.rouge_l:.2f} | {side.exact:.2f}" if side else "- | - | -"
+                for side in (r.forget, r.retain)
+            ]
+            print(f"| {name} | {quantizer} | {sides[0]} | {sides[1]} | {r.perplexity:.1f} |", flush=True)
+            results.append(r.to_dict())
+    if args.json:
+        _write(args.json, json.dumps(results, indent=1))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _write(path: str, text: str) -> None:
+    """Whole or not at all, and never over something that is there."""
+    if Path(path).exists():
+        raise ValueError(f"json: expected a new file; got {path}, which already exists")
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(path)
+    except OSError as error:
+        raise ValueError(f"json: expected a file that can be written; got {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+

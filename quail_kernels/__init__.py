@@ -1,0 +1,17 @@
+"""Fused Triton kernels for unlearning that survives 4-bit quantization, with PyTorch references."""
+
+from .bucket_compare import BucketComparison, bucket_compare
+from .fake_quant import dequantize, fake_quant, quantize
+from .formats import FORMATS, get_format
+from .margin_hinge import logit_margin_hinge
+
+__all__ = [
+    "FORMATS",
+    "BucketComparison",
+    "bucket_compare",
+    "dequantize",
+    "fake_quant",
+    "get_format",
+    "logit_margin_hinge",
+    "quantize",
+]

@@ -1,0 +1,429 @@
+r"""How much of a weight change a 4-bit deployment sees: bucket overlap and what explains it, in one pass.
+
+Both tensors are put into buckets and compared on the fly; nothing of their size is written. With b(w) the
+bucket of a weight, q(w) what it dequantizes to in the tensor's dtype, dw = w_after - w_before in fp32 and s
+the width of the bucket that w_before lies in:
+
+    code_distance[k]        how many weights have |b(w_after) - b(w_before)| = k
+    same_value              how many have q(w_after) = q(w_before)
+    predicted_flip_share    mean of min(|dw| / s, 1): a weight that lies anywhere in its bucket with equal
+                            chance leaves it with that probability, not "when |dw| > s / 2"
+    share_below_half_step   how many have |dw| < s / 2 or dw = 0: the share for which the argument of the
+                            QUAIL paper (https://arxiv.org/abs/2601.15538) expects no change at all
+
+``scales="own"`` fits each tensor's own scales, as two deployments would; ``"before"`` puts both on the grid
+of w_before, as the paper's argument has it. With re-fitted scales codes may overlap by 99.9 % while values
+overlap by 16 %.
+
+Buckets are numbered along the number line, so a distance counts buckets also where codes are not in order
+(FP4), and the two codes that FP4 has for zero are one bucket: telling them apart inflates the changed share
+by several percent. Two groups that are zero throughout are in the same bucket, whatever code a back end gives
+them. In a codebook recipe s is the distance between the two thresholds around the weight times absmax, where
+the outermost buckets end at -1 and 1; in a uniform recipe it is the scale or the step.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+
+from ._triton import tl, triton
+from .formats import (
+    Format,
+    abs_bits,
+    check_weight,
+    fit_tensor,
+    get_format,
+    group_chunks,
+    launch_options,
+    tile_constants,
+    tile_entry,
+    tile_fit,
+    tile_offsets,
+    tile_position,
+    tile_step,
+    tile_value,
+)
+
+_TILE = 2048
+_BINS = 16
+_COUNTS = ("same_value", "below_half_step", "on_grid", "zero_groups")  # then the bins of code_distance
+
+
+@dataclass(frozen=True)
+class BucketComparison:
+    """What ``bucket_compare`` counted: tensors on the device of the weights, int64 counts and fp64 sums.
+
+    Nothing synchronises but ``to_dict()``, once. ``a + b`` is the comparison of both pairs of weights
+    together; fields of single groups are joined end to end.
+
+    Attributes:
+        total: the number of weights compared.
+        groups: the number of groups they make.
+        code_distance: [16], how many weights moved by how many buckets.
+        same_value: how many dequantize to the same value in the tensor's dtype.
+        on_grid: how many weights of w_before are exactly what they dequantize to. Near ``total`` it tells a
+            model that was shipped in this recipe; only recipes that reproduce their own scale can tell
+            (bitsandbytes does; ``ct-int4-sym`` and ``minmax-int4`` do not, since their largest weight is not
+            on the grid).
+        zero_groups: how many groups are zero throughout in both tensors. Their weights count in everything
+            else.
+        below_half_step: how many weights have |dw| < s / 2 or dw = 0.
+        sum_abs_change, max_abs_change: of |dw|.
+        sum_flip_law: of min(|dw| / s, 1).
+        group_same_code, group_total: [groups], with ``per_group=True``, else None.
+    """
+
+    total: int
+    groups: int
+    code_distance: torch.Tensor
+    same_value: torch.Tensor
+    on_grid: torch.Tensor
+    zero_groups: torch.Tensor
+    below_half_step: torch.Tensor
+    sum_abs_change: torch.Tensor
+    max_abs_change: torch.Tensor
+    sum_flip_law: torch.Tensor
+    group_same_code: torch.Tensor | None = None
+    group_total: torch.Tensor | None = None
+
+    @property
+    def same_code(self) -> torch.Tensor:
+        """How many weights are in the same bucket."""
+        return self.code_distance[0]
+
+    @property
+    def code_overlap(self) -> torch.Tensor:
+        return self._share(self.same_code)
+
+    @property
+    def value_overlap(self) -> torch.Tensor:
+        return self._share(self.same_value)
+
+    @property
+    def on_grid_share(self) -> torch.Tensor:
+        return self._share(self.on_grid)
+
+    @property
+    def share_below_half_step(self) -> torch.Tensor:
+        return self._share(self.below_half_step)
+
+    @property
+    def mean_abs_change(self) -> torch.Tensor:
+        return self._share(self.sum_abs_change)
+
+    @property
+    def predicted_flip_share(self) -> torch.Tensor:
+        return self._share(self.sum_flip_law)
+
+    def _share(self, part: torch.Tensor) -> torch.Tensor:
+        return part.double() / self.total
+
+    def __add__(self, other: "BucketComparison") -> "BucketComparison":
+        if not isinstance(other, BucketComparison):
+            return NotImplemented
+        if (self.group_same_code is None) != (other.group_same_code is None):
+            raise ValueError(
+                "adding comparisons: expected both with per_group or both without; got one of each"
+            )
+        merged = {}
+        for name in (field.name for field in fields(self)):
+            a, b = getattr(self, name), getattr(other, name)
+            if isinstance(a, torch.Tensor):
+                b = b.to(a.device)
+            if name == "max_abs_change":
+                merged[name] = torch.maximum(a, b)
+            elif name.startswith("group_"):
+                merged[name] = None if a is None else torch.cat([a, b])
+            else:
+                merged[name] = a + b
+        return BucketComparison(**merged)
+
+    def to_dict(self) -> dict[str, int | float | list[int]]:
+        """Every count and share as Python numbers, single groups left out: one synchronisation."""
+        counts = ("same_code", "same_value", "on_grid", "zero_groups", "below_half_step")
+        shares = (
+            *("code_overlap", "value_overlap", "on_grid_share", "share_below_half_step", "mean_abs_change"),
+            *("max_abs_change", "predicted_flip_share"),
+        )
+        # Counts below 2^53 are exact in fp64, so that one copy brings everything.
+        numbers = [getattr(self, name).double() for name in counts + shares]
+        on_host = torch.cat([torch.stack(numbers), self.code_distance.double()]).tolist()
+        row: dict[str, int | float | list[int]] = {"total": self.total, "groups": self.groups}
+        row |= {name: int(number) for name, number in zip(counts, on_host, strict=False)}
+        row |= dict(zip(shares, on_host[len(counts) :], strict=False))
+        row["code_distance"] = [int(number) for number in on_host[len(numbers) :]]
+        return row
+
+
+def _bucket_compare_torch(
+    before: torch.Tensor, after: torch.Tensor, recipe: Format, shared_scales: bool, per_group: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    device = before.device
+    before, after = before.reshape(-1), after.reshape(-1)
+    counts = torch.zeros(len(_COUNTS) + _BINS, dtype=torch.int64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    group_same = torch.zeros(
+        recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device
+    )
+    bucket_by_rank = torch.tensor(recipe.buckets, dtype=torch.int32, device=device)
+    grid_before = fit_tensor(before, recipe)
+    grid_after = grid_before if shared_scales else fit_tensor(after, recipe)
+    nonzero = torch.zeros((), dtype=torch.bool, device=device)
+    for span, groups, x, short in group_chunks(before, recipe):
+        y = after[span].view(x.shape)
+        params = recipe.fit(x, short) if grid_before is None else grid_before
+        if grid_after is not None:
+            y_params = grid_after
+        else:
+            y_params = params if shared_scales else recipe.fit(y, short)
+        rank, y_rank = recipe.rank(x, params, short), recipe.rank(y, y_params, short)
+        distance = (bucket_by_rank[y_rank] - bucket_by_rank[rank]).abs()
+        value = recipe.value(rank, params).to(x.dtype)
+        change = (y.float() - x.float()).abs()
+        step = recipe.step(rank, params)
+        flip = (change / step).clamp(max=1).masked_fill(change == 0, 0)
+        any_nonzero = ((x != 0) | (y != 0)).any(dim=1)
+        counts[0] += (value == recipe.value(y_rank, y_params).to(x.dtype)).sum()
+        counts[1] += ((change < step * 0.5) | (change == 0)).sum()
+        counts[2] += (value == x).sum()
+        counts[4:] += torch.bincount(distance.view(-1), minlength=_BINS)
+        if recipe.group_size is None:
+            nonzero |= any_nonzero.any()
+        else:
+            counts[3] += (~any_nonzero).sum()
+        sums[0] += change.sum(dtype=torch.float64)
+        sums[1] += flip.sum(dtype=torch.float64)
+        sums[2] = torch.maximum(sums[2], change.amax().double())
+        if per_group:
+            group_same[groups] += (distance == 0).sum(dim=1)
+    if recipe.group_size is None and before.numel():
+        counts[3] = (~nonzero).long()
+    return counts, sums, group_same
+
+
+@triton.jit
+def _bucket_compare_fwd_kernel(
+    counts_ptr,
+    sums_ptr,
+    row_same_ptr,
+    before_ptr,
+    after_ptr,
+    tensor_params_before_ptr,
+    tensor_params_after_ptr,
+    n,
+    KIND: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    ZERO_SCALE: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    SHARED_SCALES: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    dtype: tl.constexpr = before_ptr.dtype.element_ty
+    group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    short = (group + 1) * GROUP_SIZE > n
+    x = tl.load(before_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(after_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if PER_TENSOR:
+        scale, low = tl.load(tensor_params_before_ptr), tl.load(tensor_params_before_ptr + 1)
+        y_scale, y_low = tl.load(tensor_params_after_ptr), tl.load(tensor_params_after_ptr + 1)
+    else:
+        scale, low = tile_fit(x, mask, short, dtype, KIND, DIVISOR, ZERO_SCALE)
+        if SHARED_SCALES:
+            y_scale, y_low = scale, low
+        else:
+            y_scale, y_low = tile_fit(y, mask, short, dtype, KIND, DIVISOR, ZERO_SCALE)
+    pos = tile_position(x, scale, low, short, dtype, KIND, HAS_SHORT)
+    y_pos = tile_position(y, y_scale, y_low, short, dtype, KIND, HAS_SHORT)
+
+    distance = tl.abs(
+        tile_entry(y_pos, KIND, THRESHOLDS, BUCKETS) - tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
+    )
+    value = tile_value(pos, scale, low, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+    y_value = tile_value(y_pos, y_scale, y_low, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+    step = tile_step(pos, scale, KIND, THRESHOLDS, WIDTHS)
+    change = tl.abs(y - x)
+    ratio = tl.div_rn(change, step)
+    flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
+
+    # Reductions are what this kernel would wait for: counters of 16 bits share an int64, four to a reduction.
+    tl.static_assert(BLOCK_GROUPS * BLOCK_SIZE < 65536)
+    one = mask.to(tl.int64)
+    row_is_zero = tl.max(abs_bits(x) | abs_bits(y), axis=1, keep_dims=True) == 0
+    flags = tl.where(value == y_value, one, 0)
+    flags += tl.where((change < step * 0.5) | (change == 0), one << 16, 0)
+    flags += tl.where(value == x, one << 32, 0)
+    flags += tl.where(row_is_zero & (tl.arange(0, BLOCK_SIZE)[None, :] == 0), one << 48, 0)
+    packed = tl.sum(tl.sum(flags, axis=1), axis=0)
+    counts_ptr += tl.program_id(0).to(tl.int64) * 20
+    for i in tl.static_range(4):
+        tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
+    for part in tl.static_range(4):
+        here = tl.where(distance // 4 == part, one << (16 * (distance % 4)).to(tl.int64), 0)
+        packed = tl.sum(tl.sum(here, axis=1), axis=0)
+        for i in tl.static_range(4):
+            tl.store(counts_ptr + 4 + 4 * part + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
+    if PER_GROUP:
+        same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=1, keep_dims=True)
+        tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 3
+    tl.store(sums_ptr, tl.sum(tl.sum(tl.where(mask, change, 0.0), axis=1), axis=0))
+    tl.store(sums_ptr + 1, tl.sum(tl.sum(tl.where(mask, flip, 0.0), axis=1), axis=0))
+    top = tl.max(tl.max(tl.where(mask, abs_bits(change), 0), axis=1), axis=0)
+    tl.store(sums_ptr + 2, top.to(tl.float32, bitcast=True))
+
+
+def _bucket_compare_triton(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    recipe: Format,
+    shared_scales: bool,
+    per_group: bool,
+    tile: int = _TILE,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    before, after = before.contiguous().view(-1), after.contiguous().view(-1)
+    n, device = before.numel(), before.device
+    if not n:
+        return _bucket_compare_torch(before, after, recipe, shared_scales, per_group)
+    constants = recipe.kernel_constants(before.dtype) | tile_constants(recipe, n, tile)
+    rows = -(-n // constants["GROUP_SIZE"])
+    programs = -(-rows // constants["BLOCK_GROUPS"])
+    counts = torch.empty(programs, len(_COUNTS) + _BINS, dtype=torch.int32, device=device)
+    sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
+    row_same = torch.empty(rows if per_group else 0, dtype=torch.int32, device=device)
+    grid_before = fit_tensor(before, recipe)
+    with torch.cuda.device_of(before):
+        _bucket_compare_fwd_kernel[(programs,)](
+            counts,
+            sums,
+            row_same,
+            before,
+            after,
+            grid_before,
+            grid_before if shared_scales else fit_tensor(after, recipe),
+            n,
+            LEVELS=recipe.levels,
+            BUCKETS=recipe.buckets,
+            WIDTHS=recipe.widths if recipe.kind == "codebook" else (),
+            SHARED_SCALES=shared_scales,
+            PER_GROUP=per_group,
+            **constants,
+            **launch_options(constants),
+        )
+    counts = counts.sum(dim=0, dtype=torch.int64)
+    totals = torch.cat([sums[:, :2].sum(dim=0, dtype=torch.float64), sums[:, 2:].amax(dim=0).double()])
+    group_same = row_same.long()
+    if recipe.group_size is None:
+        # The rows of a whole-tensor group are pieces of it: it is zero where all of them are.
+        counts[3] = (counts[3] == rows).long()
+        group_same = group_same.sum(dim=0, keepdim=True) if per_group else group_same
+    return counts, totals, group_same
+
+
+@torch.library.custom_op("quail::bucket_compare", mutates_args=(), device_types="cpu")
+def _bucket_compare_op(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    format: str,
+    group_size: int | None,
+    shared_scales: bool,
+    per_group: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _bucket_compare_torch(before, after, get_format(format, group_size), shared_scales, per_group)
+
+
+@_bucket_compare_op.register_kernel("cuda")
+def _(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    format: str,
+    group_size: int | None,
+    shared_scales: bool,
+    per_group: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _bucket_compare_triton(before, after, get_format(format, group_size), shared_scales, per_group)
+
+
+@_bucket_compare_op.register_fake
+def _(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    format: str,
+    group_size: int | None,
+    shared_scales: bool,
+    per_group: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    groups = get_format(format, group_size).groups(before.numel()) if per_group else 0
+    counts = before.new_empty(len(_COUNTS) + _BINS, dtype=torch.int64)
+    return counts, before.new_empty(3, dtype=torch.float64), before.new_empty(groups, dtype=torch.int64)
+
+
+def bucket_compare(
+    w_before: torch.Tensor,
+    w_after: torch.Tensor,
+    format: str,
+    group_size: int | None = None,
+    scales: Literal["own", "before"] = "own",
+    per_group: bool = False,
+) -> BucketComparison:
+    """Compares the buckets of a weight before and after a change, without a synchronisation.
+
+    Two runs on one device give the same bits: counts are integers, and sums are taken in a fixed order.
+
+    Args:
+        w_before, w_after: float32, bfloat16 or float16, of one shape, dtype and device. Cast to the dtype of
+            the deployment first: fp32 master weights are not what it sees. A tensor that is not contiguous
+            is copied.
+        format: a recipe of formats.py, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
+        group_size: the group size, unless ``format`` says it; None takes the recipe's default.
+        scales: ``"own"`` fits each tensor's scales, ``"before"`` uses those of w_before for both.
+        per_group: also count the weights in the same bucket for each group.
+
+    Returns:
+        A BucketComparison. A weight that is NaN or whose change is, makes the sums and the maximum NaN,
+        equals no value, and counts in the bucket that its recipe gives to NaN.
+
+    Raises:
+        ValueError: on an unknown format or option, a group size that is not legal for it or does not divide
+            the last dimension where it has to, another dtype, or tensors that do not match.
+    """
+    recipe = get_format(format, group_size)
+    check_weight("w_before", w_before, recipe)
+    for name in ("shape", "dtype", "device"):
+        expected, got = getattr(w_before, name), getattr(w_after, name)
+        if expected != got:
+            raise ValueError(f"w_after: expected the {name} of w_before, {expected}; got {got}")
+    if scales not in ("own", "before"):
+        raise ValueError(f"scales: expected 'own' or 'before'; got {scales!r}")
+    counts, sums, group_same = _bucket_compare_op(
+        w_before.detach(), w_after.detach(), format, group_size, scales == "before", per_group
+    )
+    n, groups = w_before.numel(), recipe.groups(w_before.numel())
+    group_total = None
+    if per_group:
+        group_total = torch.full((groups,), recipe.group_size or n, dtype=torch.int64, device=w_before.device)
+        if groups and recipe.group_size is not None:
+            group_total[-1] = n - (groups - 1) * recipe.group_size
+    same_value, below_half_step, on_grid, zero_groups = counts[: len(_COUNTS)].unbind()
+    return BucketComparison(
+        total=n,
+        groups=groups,
+        code_distance=counts[len(_COUNTS) :],
+        same_value=same_value,
+        on_grid=on_grid,
+        zero_groups=zero_groups,
+        below_half_step=below_half_step,
+        sum_abs_change=sums[0],
+        max_abs_change=sums[2],
+        sum_flip_law=sums[1],
+        group_same_code=group_same if per_group else None,
+        group_total=group_total,
+    )

@@ -1,0 +1,151 @@
+"""fake_quant, quantize, dequantize and bucket_compare: Triton against the PyTorch reference, bit for bit."""
+
+import importlib
+
+import pytest
+import torch
+
+from quail_kernels.formats import WEIGHT_DTYPES, get_format
+
+fake_quant = importlib.import_module("quail_kernels.fake_quant")
+bucket_compare = importlib.import_module("quail_kernels.bucket_compare")
+
+DTYPES = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+FORMATS = pytest.mark.parametrize(
+    "format",
+    [
+        *("bnb-nf4", "bnb-nf4@32", "bnb-nf4@4096", "bnb-fp4", "bnb-fp4@256"),
+        *(
+            "ct-int4-sym",
+            "ct-int4-sym@96",
+            "ct-int4-sym@8",
+            "minmax-int4",
+            "minmax-int4@96",
+            "minmax-int4@128",
+        ),
+    ],
+)
+TILE = 16384  # large tiles, small grids: the interpreter's cost is per program
+SHAPES = [(48, 768), (3, 5, 384)]
+
+
+def weights(shape, dtype, group_size):
+    """Normal weights, and where groups are smaller than that, rows of zeros, ties, tiny and huge numbers."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    if group_size is None:
+        return w.to(dtype)
+    rows = w.view(-1, shape[-1])
+    rows[1] = 0
+    rows[2] = -0.0
+    rows[3] = 0.375
+    rows[4] = torch.arange(shape[-1]).remainder(31) - 15.0
+    thresholds = torch.tensor(get_format("bnb-nf4").thresholds + get_format("bnb-fp4").thresholds)
+    near = torch.cat([thresholds, thresholds.nextafter(thresholds + 1), thresholds.nextafter(thresholds - 1)])
+    rows[5] = near.repeat(shape[-1] // len(near) + 1)[: shape[-1]]
+    rows[5, ::32] = 1
+    rows[6] *= 1e-4
+    rows[7] *= 1e-38 if dtype != torch.float16 else 1e-5
+    rows[8] *= 1e38 if dtype != torch.float16 else 5e5
+    rows[9] = -rows[9].abs()
+    return w.to(dtype)
+
+
+def shapes(format):
+    size = get_format(format).group_size or 1
+    divides = get_format(format).groups_divide_last_dim
+    tails = [] if divides else [(1,), (64 * 40 + 7,), (4096 * 2 + 130,)]
+    return [shape for shape in SHAPES if not divides or shape[-1] % size == 0] + tails
+
+
+def cases(format, dtype):
+    for shape in shapes(format):
+        big = shape if len(shape) > 1 else (12, shape[0])
+        yield (
+            weights(big, dtype, get_format(format).group_size)
+            .view(-1)[: torch.Size(shape).numel()]
+            .view(shape)
+        )
+
+
+def assert_same_bits(got, expected):
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    got, expected = got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+    assert torch.equal(got, expected), f"{(got != expected).sum()} of {got.numel()} bytes differ"
+
+
+@DTYPES
+@FORMATS
+def test_quantize_dequantize_and_fake_quant(format, dtype):
+    recipe = get_format(format)
+    for w in cases(format, dtype):
+        codes, scales = fake_quant._quantize_torch(w, recipe)
+        triton_codes, triton_scales = fake_quant._quantize_triton(w, recipe, TILE)
+        assert_same_bits(triton_codes, codes)
+        assert_same_bits(triton_scales, scales)
+        w_q = fake_quant._fake_quant_torch(w, recipe)
+        assert_same_bits(fake_quant._fake_quant_triton(w, recipe, TILE), w_q)
+        assert_same_bits(fake_quant._dequantize_triton(codes, scales, recipe, w.shape, dtype, TILE), w_q)
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4", "ct-int4-sym@96", "minmax-int4"])
+def test_the_tile_that_is_launched_on_a_gpu(format):
+    recipe = get_format(format)
+    w = weights((12, 768), torch.bfloat16, recipe.group_size)
+    assert_same_bits(fake_quant._fake_quant_triton(w, recipe), fake_quant._fake_quant_torch(w, recipe))
+    assert_same_bits(fake_quant._quantize_triton(w, recipe)[0], fake_quant._quantize_torch(w, recipe)[0])
+
+
+@FORMATS
+def test_nan_and_infinity(format):
+    recipe = get_format(format)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        w = torch.randn(2, 768)
+        w[0, 100] = bad
+        codes, scales = fake_quant._quantize_triton(w, recipe, TILE)
+        expected_codes, expected_scales = fake_quant._quantize_torch(w, recipe)
+        assert_same_bits(codes, expected_codes)
+        torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
+        w_q = fake_quant._fake_quant_triton(w, recipe, TILE)
+        expected = fake_quant._fake_quant_torch(w, recipe)
+        torch.testing.assert_close(w_q, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@FORMATS
+def test_empty(format):
+    recipe = get_format(format)
+    w = torch.empty(0, 768)
+    codes, scales = fake_quant._quantize_triton(w, recipe)
+    assert codes.shape == (0,) and scales.shape[0] == 0
+    assert fake_quant._fake_quant_triton(w, recipe).shape == w.shape
+    assert fake_quant._dequantize_triton(codes, scales, recipe, w.shape, w.dtype).shape == w.shape
+    counts, sums, _ = bucket_compare._bucket_compare_triton(w, w, recipe, False, True)
+    assert not counts.any() and not sums.any()
+
+
+@DTYPES
+@FORMATS
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "before"])
+def test_bucket_compare(format, dtype, shared):
+    recipe = get_format(format)
+    for before in cases(format, dtype):
+        noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(1)) * 2e-3
+        after = (before.float() + noise).to(dtype)
+        after.view(-1)[: before.numel() // 8] = before.view(-1)[: before.numel() // 8]
+        counts, sums, same = bucket_compare._bucket_compare_torch(before, after, recipe, shared, True)
+        triton_counts, triton_sums, triton_same = bucket_compare._bucket_compare_triton(
+            before, after, recipe, shared, True, TILE
+        )
+        assert triton_counts.tolist() == counts.tolist()
+        assert triton_same.tolist() == same.tolist()
+        assert triton_sums[2] == sums[2]
+        # A program adds at most TILE numbers >= 0 in fp32, pairwise: at most log2(TILE) + 1 roundings each.
+        torch.testing.assert_close(triton_sums[:2], sums[:2], rtol=15 * 2**-24, atol=0)
+
+
+def test_bucket_compare_twice_gives_the_same_bits():
+    before, after = torch.randn(2, 64, 768).unbind()
+    runs = [
+        bucket_compare._bucket_compare_triton(before, after, get_format("bnb-nf4"), False, True)
+        for _ in range(2)
+    ]
+    assert all(map(torch.equal, *runs))

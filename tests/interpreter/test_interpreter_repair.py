@@ -1,0 +1,57 @@
+"""The interpreter itself: what its repairs have to catch, they catch."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _copy_kernel(out_ptr, in_ptr, shift, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(in_ptr + offsets + shift).to(tl.float32)
+    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _store_beyond_kernel(out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK) + 1, tl.zeros([BLOCK], tl.float32))
+
+
+@triton.jit
+def _add_in_bf16_kernel(out_ptr, in_ptr, BLOCK: tl.constexpr):
+    x = tl.load(in_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, BLOCK), x + x)
+
+
+def test_load_out_of_bounds_raises():
+    x, out = torch.zeros(16), torch.zeros(16)
+    _copy_kernel[(1,)](out, x, 0, BLOCK=16)
+    with pytest.raises(IndexError, match="load out of bounds in 3 lanes"):
+        _copy_kernel[(1,)](out, x, 3, BLOCK=16)
+
+
+def test_store_out_of_bounds_raises():
+    with pytest.raises(IndexError, match="store out of bounds in 1 lanes"):
+        _store_beyond_kernel[(1,)](torch.zeros(16), BLOCK=16)
+
+
+def test_cast_to_bf16_rounds_to_nearest_even():
+    bits = torch.randint(-(2**31), 2**31, (1 << 16,), generator=torch.Generator().manual_seed(0))
+    special = torch.tensor(
+        [0x3F808000, 0x3F818000, 0x00000001, 0x00018000, 0x7F7FFFFF, 0x7F800000, 0x7FC00001]
+    )
+    x = (
+        torch.cat([bits, special, torch.zeros((1 << 17) - bits.numel() - 7)])
+        .to(torch.int32)
+        .view(torch.float32)
+    )
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    _copy_kernel[(1,)](out, x, 0, BLOCK=1 << 17)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_arithmetic_in_bf16_raises():
+    x = torch.ones(16, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="arithmetic in bf16"):
+        _add_in_bf16_kernel[(1,)](torch.empty_like(x), x, BLOCK=16)
