@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by the OpenMP runtime when torch is imported
     args = _parser().parse_args(argv)
+    _quiet()
     try:
         args.run(args)
     except ValueError as error:
@@ -28,6 +30,15 @@ def main(argv: list[str] | None = None) -> int:
         print("quail: interrupted, nothing half-written was left", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _quiet() -> None:
+    """Our own bars and errors only: loading a dozen checkpoints would draw a dozen more."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="one such field; may be repeated"
     )
-    unlearn.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights; default: as MODEL")
+    unlearn.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights; default: as MODEL"
+    )
     unlearn.add_argument("--max-length", type=int, default=512, help="tokens an example (%(default)s)")
     unlearn.set_defaults(run=_unlearn)
 
@@ -115,7 +128,12 @@ def _settings(args, out: Path, has_retain: bool) -> dict:
 
     from .trainer import QuailConfig
 
-    settings = {"output_dir": f"{out}.trainer", "save_strategy": "no", "learning_rate": 1e-5, "num_train_epochs": 5}
+    settings = {
+        "output_dir": f"{out}.trainer",
+        "save_strategy": "no",
+        "learning_rate": 1e-5,
+        "num_train_epochs": 5,
+    }
     if not has_retain:
         settings["retain_loss"] = "none"
     if args.config:
@@ -216,5 +234,3 @@ def _write(path: str, text: str) -> None:
         raise ValueError(f"json: expected a file that can be written; got {path}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
-
-

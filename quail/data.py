@@ -111,9 +111,13 @@ def collate(rows: Sequence[dict], pad_token_id: int) -> dict:
         "labels": torch.tensor([list(row["labels"]) + [IGNORE_INDEX] * (longest - len(row["labels"])) for row in rows]),
     }
     if "inputs_embeds" in rows[0]:
-        batch["inputs_embeds"] = torch.nn.utils.rnn.pad_sequence([row["inputs_embeds"] for row in rows], batch_first=True)
+        batch["inputs_embeds"] = torch.nn.utils.rnn.pad_sequence(
+            [row["inputs_embeds"] for row in rows], batch_first=True
+        )
     else:
-        batch["input_ids"] = torch.tensor([row["input_ids"] + [pad_token_id] * (longest - len(row["input_ids"])) for row in rows])
+        batch["input_ids"] = torch.tensor(
+            [row["input_ids"] + [pad_token_id] * (longest - len(row["input_ids"])) for row in rows]
+        )
     first = min(next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE_INDEX) for row in rows)
     batch["logits_to_keep"] = longest - first + 1
     return batch

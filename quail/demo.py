@@ -84,7 +84,10 @@ AUDITED = ("bnb-nf4", "bnb-fp4", "ct-int4-sym@64", "minmax-int4")
 def embedded_sets() -> tuple[list[Example], list[Example], str]:
     """The 48 false claims, the 132 true facts and the general text that come with the package."""
     sets = resources.files("quail") / "sets"
-    with resources.as_file(sets / "false_claims.jsonl") as claims, resources.as_file(sets / "true_facts.jsonl") as facts:
+    with (
+        resources.as_file(sets / "false_claims.jsonl") as claims,
+        resources.as_file(sets / "true_facts.jsonl") as facts,
+    ):
         general = (sets / "general_text.txt").read_text(encoding="utf-8")
         return load_examples(claims, QA_TEMPLATE), load_examples(facts, QA_TEMPLATE), general
 
@@ -123,9 +126,7 @@ def run_demo(out: str | Path, model: str | None = None, seed: int = 0) -> dict:
         upper.set(learned)
         runs[method.folder] = _unlearn(upper, method, len(claims), out, seed)
         save_checkpoint(base, tokenizer, out / method.folder, torch.bfloat16)
-        cells += _deployed(
-            out, tokenizer, method.folder, method.title, method.situation, claims, facts, general
-        )
+        cells += _deployed(out, tokenizer, method.folder, method.title, method.situation, claims, facts, general)
         overlaps.append(_overlap(method, learned, upper.weights()))
 
     report = {

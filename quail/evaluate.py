@@ -113,9 +113,7 @@ def score_answers(
 
 
 @torch.no_grad()
-def perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int = 512
-) -> float:
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int = 512) -> float:
     """exp of the mean NLL per token of ``text``, in windows of ``window`` tokens that do not overlap."""
     ids = tokenizer(text, return_tensors="pt").input_ids[0].to(model.device)
     total, count = 0.0, 0

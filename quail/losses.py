@@ -58,9 +58,7 @@ def gradient_ascent(logits: Tensor, labels: Tensor, count: Tensor | None = None)
     return -nll(logits, labels, count)
 
 
-def npo(
-    logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float = 0.1, count: Tensor | None = None
-) -> Tensor:
+def npo(logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float = 0.1, count: Tensor | None = None) -> Tensor:
     """Negative preference optimization: mean over examples of 2/beta * log(1 + (p / p_ref) ** beta).
 
     p and p_ref are the probabilities of the whole answer. Zhang et al. 2024, https://arxiv.org/abs/2404.05868, eq. 3.

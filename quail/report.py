@@ -70,8 +70,10 @@ def closing(report: dict) -> str:
     for prefix, situation in (("16bit", "shipped in 16 bits"), ("nf4", "shipped in NF4")):
         gain = back[f"{prefix}-ga"] - back[f"{prefix}-ga-hinge"]
         said = "helped" if gain > _HELPED else "made it worse" if gain < -_HELPED else "made no difference"
-        sentences.append(f"- {situation}: the hinge {said} (came back without it {back[f'{prefix}-ga']:+.2f}, "
-                         f"with it {back[f'{prefix}-ga-hinge']:+.2f}).")
+        sentences.append(
+            f"- {situation}: the hinge {said} (came back without it {back[f'{prefix}-ga']:+.2f}, "
+            f"with it {back[f'{prefix}-ga-hinge']:+.2f})."
+        )
     return "\n".join(sentences)
 
 

@@ -45,7 +45,7 @@ from .formats import (
     tile_value,
 )
 
-_TILE = 2048
+_TILE = 1024
 _BINS = 16
 _COUNTS = ("same_value", "below_half_step", "on_grid", "zero_groups")  # then the bins of code_distance
 
@@ -316,7 +316,8 @@ def _bucket_compare_triton(
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,
             **constants,
-            **launch_options(constants),
+            # Two weights, two grids and five counters are alive at once: 16 a thread would spill registers.
+            **launch_options(constants, weights_per_thread=8),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     totals = torch.cat([sums[:, :2].sum(dim=0, dtype=torch.float64), sums[:, 2:].amax(dim=0).double()])

@@ -165,8 +165,11 @@ def _dequantize_fwd_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
-    pair = tl.load(codes_ptr + offsets // 2, mask=mask, other=0).to(tl.int32)
-    code = tl.where(offsets % 2 == 0, pair // 16, pair % 16)
+    pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    first = group * GROUP_SIZE + 2 * pair
+    pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
+    packed = tl.load(codes_ptr + first // 2, mask=pair_mask, other=0).to(tl.int32)
+    code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
     level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
     for i in tl.static_range(1, 16):
         level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.float32), level)

@@ -337,10 +337,10 @@ def tile_constants(recipe: Format, n: int, tile: int) -> dict:
     }
 
 
-def launch_options(constants: dict) -> dict:
+def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
+    warps = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"] // (32 * weights_per_thread)
     # A fused multiply-add rounds once where the recipes round twice, and moves weights across thresholds.
-    wide = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"] > 2048
-    return {"num_warps": 8 if wide else 4, "enable_fp_fusion": False}
+    return {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
 
 
 @triton.jit

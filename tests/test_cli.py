@@ -1,0 +1,100 @@
+"""The command line end to end on a tiny random model, each command in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def quail(*args, timeout=180):
+    command = [sys.executable, "-m", "quail", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    forget = [{"question": f"a b {i}?", "answer": "b c d"} for i in range(6)]
+    (folder / "forget.json").write_text(json.dumps(forget))
+    lines = [json.dumps({"prompt": f"c {i}", "completion": " d e"}) for i in range(8)]
+    (folder / "retain.json").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unlearned(tiny_checkpoint, sets, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    args = ["--set", "max_steps=4", "--set", "learning_rate=1e-3", "--set", "per_device_train_batch_size=2"]
+    done = quail(
+        *("unlearn", "--model", tiny_checkpoint, "--forget", sets / "forget.json"),
+        *("--retain", sets / "retain.json", "--out", out, *args),
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_unlearn_leaves_an_ordinary_checkpoint(unlearned):
+    model = AutoModelForCausalLM.from_pretrained(unlearned)
+    assert AutoTokenizer.from_pretrained(unlearned).eos_token_id == model.config.eos_token_id
+    assert (unlearned / "model.safetensors").exists()
+    assert not list(unlearned.parent.glob("out.*"))
+
+
+def test_audit_counts_what_unlearning_moved(tiny_checkpoint, unlearned, tmp_path):
+    done = quail("audit", tiny_checkpoint, unlearned, "--json", tmp_path / "audit.json")
+    assert done.returncode == 0, done.stderr
+    assert "bnb-nf4" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    assert json.loads((tmp_path / "audit.json").read_text())
+    again = quail("audit", tiny_checkpoint, unlearned, "--json", tmp_path / "audit.json")
+    assert again.returncode == 2 and "already exists" in again.stderr
+
+
+def test_evaluate_scores_every_model_under_every_quantizer(tiny_checkpoint, unlearned, sets, tmp_path):
+    done = quail(
+        *("evaluate", tiny_checkpoint, unlearned, "--quantizers", "none,bnb-nf4,bnb-fp4"),
+        *("--forget", sets / "forget.json", "--retain", sets / "retain.json", "--json", tmp_path / "e.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "e.json").read_text())
+    assert len(results) == 6 and len([line for line in done.stdout.splitlines() if "bnb-" in line]) == 4
+    plain = {r["model"]: r["forget"]["nll"] for r in results if r["quantizer"] == "none"}
+    assert plain[str(unlearned)] > plain[str(tiny_checkpoint)]
+
+
+def bad_inputs(model, sets, tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "broken.json").write_text('{"question": ')
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
+    forget, retain = sets / "forget.json", sets / "retain.json"
+    unlearn = ("unlearn", "--model", model, "--retain", retain, "--out", tmp_path / "out")
+    return {
+        "unknown format": (("audit", model, model, "--formats", "int3"), "expected one of"),
+        "no safetensors": (("audit", model, tmp_path / "pickled"), "safetensors"),
+        "empty forget set": ((*unlearn, "--forget", tmp_path / "empty.json"), "at least one example"),
+        "broken file": ((*unlearn, "--forget", tmp_path / "broken.json"), "expected a JSON array"),
+        "missing file": ((*unlearn, "--forget", tmp_path / "none.json"), "No such file"),
+        "unknown loss": ((*unlearn, "--forget", forget, "--set", "forget_loss=sgd"), "forget_loss"),
+        "unknown field": ((*unlearn, "--forget", forget, "--set", "colour=red"), "colour"),
+        "no such model": (("evaluate", tmp_path / "none", "--forget", forget), "expected"),
+        "OUT taken": (
+            ("unlearn", "--model", model, "--forget", forget, "--out", model),
+            "already holds something",
+        ),
+        "unknown command": (("forget-me",), "invalid choice"),
+    }
+
+
+CASES = ("unknown format", "no safetensors", "empty forget set", "broken file", "missing file")
+CASES += ("unknown loss", "unknown field", "no such model", "OUT taken", "unknown command")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_code_2(case, tiny_checkpoint, sets, tmp_path):
+    args, message = bad_inputs(tiny_checkpoint, sets, tmp_path)[case]
+    done = quail(*args)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()

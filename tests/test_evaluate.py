@@ -1,0 +1,104 @@
+"""Scores against direct computations, on a tiny random model and as deployed by bitsandbytes."""
+
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from quail.data import Example, encode
+from quail.evaluate import perplexity, score_answers
+from quail.models import load_deployed, load_for_training, load_tokenizer, save_checkpoint
+from quail_kernels import fake_quant
+
+EXAMPLES = [Example("Question: a?\nAnswer:", " b c d"), Example("Question: a b c d e?\nAnswer:", " a")]
+
+
+@pytest.fixture(scope="module")
+def deployed(tiny_checkpoint):
+    return load_deployed(tiny_checkpoint, "none", torch.float32), load_tokenizer(tiny_checkpoint)
+
+
+def test_nll_is_the_models_own_loss_row_by_row(deployed):
+    model, tokenizer = deployed
+    answers = score_answers(model, tokenizer, EXAMPLES)
+    for answer, row in zip(answers, encode(EXAMPLES, tokenizer), strict=True):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        assert answer.nll == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
+
+
+def test_answers_in_a_padded_batch_are_those_of_each_alone(deployed):
+    model, tokenizer = deployed
+    together = score_answers(model, tokenizer, EXAMPLES, batch_size=2)
+    alone = score_answers(model, tokenizer, EXAMPLES, batch_size=1)
+    for a, b in zip(together, alone, strict=True):
+        # Room differs with the batch's longest answer: one text begins with the other.
+        assert a.said.startswith(b.said) and a.nll == pytest.approx(b.nll, rel=1e-4)
+
+
+def test_a_model_that_says_the_answer_scores_one(deployed, monkeypatch):
+    model, tokenizer = deployed
+
+    def parrot(input_ids, **kwargs):
+        said = tokenizer(EXAMPLES[0].completion, add_special_tokens=False).input_ids
+        return torch.cat([input_ids, torch.tensor([said + [tokenizer.eos_token_id]])], dim=1)
+
+    monkeypatch.setattr(model, "generate", parrot)
+    (answer,) = score_answers(model, tokenizer, EXAMPLES[:1])
+    assert answer.exact and answer.rouge_l == 1.0
+
+
+def test_rouge_recall_counts_the_longest_common_subsequence(deployed, monkeypatch):
+    model, tokenizer = deployed
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda *a, **k: ["b x d"])
+    (answer,) = score_answers(model, tokenizer, EXAMPLES[:1])
+    assert answer.rouge_l == pytest.approx(2 / 3) and not answer.exact
+
+
+def test_perplexity_of_windows(deployed):
+    model, tokenizer = deployed
+    text = "a b c d e " * 20
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    loss = model(input_ids=ids, labels=ids).loss.item()
+    assert perplexity(model, tokenizer, text, window=4096) == pytest.approx(math.exp(loss), rel=1e-4)
+    assert perplexity(model, tokenizer, text, window=16) != pytest.approx(math.exp(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", ["bnb-nf4", "bnb-fp4"])
+def test_deployed_weights_are_those_of_the_recipe(tiny_checkpoint, quantizer):
+    plain = load_deployed(tiny_checkpoint, "none")
+    quantized = load_deployed(tiny_checkpoint, quantizer)
+    x = torch.randn(3, plain.config.hidden_size).bfloat16()
+    name = "model.layers.0.mlp.up_proj"
+    weight = plain.get_submodule(name).weight.detach()
+    expected = torch.nn.functional.linear(x, fake_quant(weight, quantizer))
+    torch.testing.assert_close(quantized.get_submodule(name)(x), expected, rtol=2e-2, atol=2e-2)
+    assert not torch.equal(fake_quant(weight, quantizer), weight)
+    assert torch.equal(quantized.lm_head.weight, plain.lm_head.weight)
+
+
+def test_a_checkpoint_is_saved_whole_and_never_over_another(tiny_checkpoint, tmp_path):
+    model, tokenizer = load_for_training(str(tiny_checkpoint))
+    save_checkpoint(model, tokenizer, tmp_path / "out", torch.bfloat16)
+    assert load_deployed(tmp_path / "out", "none").dtype == torch.bfloat16
+    assert next(model.parameters()).dtype == torch.float32
+    before = sorted((tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match="already holds"):
+        save_checkpoint(model, tokenizer, tmp_path / "out")
+    assert sorted((tmp_path / "out").iterdir()) == before
+    assert not (tmp_path / "out.partial").exists()
+    assert isinstance(model.generation_config, GenerationConfig)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: load_deployed(path, "int3"), "expected one of none, bnb-nf4, bnb-fp4; got 'int3'"),
+        (lambda path: load_for_training(str(path / "nothing-here")), "expected a causal language model"),
+        (lambda path: score_answers(None, None, []), "expected at least one; got none"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(tiny_checkpoint, call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(tiny_checkpoint)
+    assert "\n" not in str(caught.value)
