@@ -154,11 +154,13 @@ class UnlearningDataset(Dataset):
 
 @dataclass
 class UnlearningCollator:
-    """Items of an ``UnlearningDataset`` as ``{"forget": batch, "retain": batch}``."""
+    """Items of an ``UnlearningDataset`` as ``{"forget": batch, "retain": batch}``; plain rows as one batch."""
 
     pad_token_id: int
 
-    def __call__(self, items: Sequence[dict]) -> dict[str, dict]:
+    def __call__(self, items: Sequence[dict]) -> dict:
+        if "labels" in items[0]:
+            return collate(items, self.pad_token_id)
         return {side: collate([item[side] for item in items], self.pad_token_id) for side in items[0]}
 
 

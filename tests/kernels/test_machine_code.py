@@ -1,7 +1,7 @@
 """What the GPU compilers make of every kernel, at the launch that the launcher really does; no GPU is needed.
 
-A launcher is run on CPU tensors with a stand-in for the kernel that notes its arguments. They are compiled ahead
-of time as Triton's JIT would compile them.
+A launcher is run on CPU tensors with a stand-in for the kernel that notes its arguments. For these the kernel is
+compiled ahead of time as Triton's JIT would compile it.
 """
 
 import importlib
@@ -184,7 +184,7 @@ def test_kernels_that_decide_codes(name, module, kernel, call, record_property):
         assert code.inexact == [] and code.fused == 0, "arithmetic that PyTorch does not do"
         assert not re.search(r"\b(atom|red)\.global", code.ptx), "sums in a fixed order"
         assert code.registers <= 128
-        # A short last group masks single weights, so that its accesses cannot be wide; loads of codes are 64 bits.
+        # A short last group masks single weights: no access can be wide. Codes are loaded by 64 bits.
         if kernel in ("_fake_quant_fwd_kernel", "_dequantize_fwd_kernel") and name != "short":
             assert code.wide_stores, "128 bits a thread"
         if kernel != "_dequantize_fwd_kernel" and name != "short":
