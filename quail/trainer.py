@@ -293,7 +293,7 @@ def fake_quantized(model: nn.Module, format: str | None) -> Iterator[nn.Module]:
     """Within it, the linear layers of ``model`` compute with the weights that a bf16 deployment in ``format`` has.
 
     Output head and embeddings are left alone, as bitsandbytes leaves them. Gradients go to the unquantized weights
-    unchanged, but for bf16 rounding. None does nothing. Raises ValueError where there is no layer to quantize.
+    unchanged. ``format`` None does nothing. Raises ValueError where there is no layer to quantize.
     """
     patched = []
     try:
@@ -318,16 +318,24 @@ def deploy_weights_(model: nn.Module, format: str) -> nn.Module:
     ``minmax-int4`` fit a new scale to them.
     """
     for layer in _deployed_linears(model):
-        layer.weight.copy_(_deployed_weight(layer.weight, format))
+        layer.weight.copy_(_DeployedWeight.apply(layer.weight, format))
     return model
 
 
+class _DeployedWeight(torch.autograd.Function):
+    """Straight through, bf16 included: forget and retain gradients nearly cancel, so rounding each would show."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, format: str) -> Tensor:
+        return fake_quant(w.to(torch.bfloat16), format).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def _fake_quant_linear(layer: nn.Linear, format: str, x: Tensor) -> Tensor:
-    return F.linear(x, _deployed_weight(layer.weight, format), layer.bias)
-
-
-def _deployed_weight(w: Tensor, format: str) -> Tensor:
-    return fake_quant(w.to(torch.bfloat16), format).to(w.dtype)
+    return F.linear(x, _DeployedWeight.apply(layer.weight, format), layer.bias)
 
 
 def _deployed_linears(model: nn.Module) -> list[nn.Linear]:

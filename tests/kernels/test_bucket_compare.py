@@ -11,8 +11,7 @@ from quail_kernels import bucket_compare, dequantize, fake_quant, get_format, qu
 FORMAT_NAMES = ["bnb-nf4", "bnb-fp4@32", "ct-int4-sym@96", "minmax-int4", "minmax-int4@32"]
 # The distinct levels of each codebook: FP4's two zeros are one.
 LEVELS = {
-    name: np.unique(np.float32(get_format(name).levels_by_code).astype(np.float64))
-    for name in ("bnb-nf4", "bnb-fp4")
+    name: np.unique(np.float32(get_format(name).levels_by_code).astype(np.float64)) for name in ("bnb-nf4", "bnb-fp4")
 }
 
 
@@ -53,9 +52,7 @@ def naive(before, after, format, scales):
                 middle = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
                 p = np.float32(y) * (np.float32(1) / np.float32(max(params_x[g], 1e-38)))
                 bucket_y = np.searchsorted(middle, p)
-                value_y = torch.tensor(np.float32(levels)[bucket_y] * np.float32(params_x[g])).to(
-                    before.dtype
-                )
+                value_y = torch.tensor(np.float32(levels)[bucket_y] * np.float32(params_x[g])).to(before.dtype)
                 value_y = value_y.double().numpy()
             else:
                 bucket_y = np.searchsorted(levels, level_by_code[codes_y[g].astype(int)])
@@ -190,14 +187,9 @@ def test_to_dict_holds_every_number():
         assert row[name] == getattr(got, name).item(), name
     for name in ("value_overlap", "on_grid_share", "share_below_half_step", "mean_abs_change"):
         assert row[name] == getattr(got, name).item(), name
-    assert (
-        row["max_abs_change"] == got.max_abs_change
-        and row["predicted_flip_share"] == got.predicted_flip_share
-    )
+    assert row["max_abs_change"] == got.max_abs_change and row["predicted_flip_share"] == got.predicted_flip_share
     assert row["code_distance"] == got.code_distance.tolist() and sum(row["code_distance"]) == row["total"]
-    assert row["groups"] == 8 and all(
-        isinstance(row[name], int) for name in ("total", "same_code", "on_grid")
-    )
+    assert row["groups"] == 8 and all(isinstance(row[name], int) for name in ("total", "same_code", "on_grid"))
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)

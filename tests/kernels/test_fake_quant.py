@@ -112,9 +112,7 @@ def test_compressed_tensors(group_size, dtype):
     assert torch.equal(unpack(codes).int() - 8, q.view(-1).int())
     assert_same_bits(scales, scale.view(-1))
     assert torch.equal(fake_quant(w, "ct-int4-sym", group_size), fake_quantized)
-    assert torch.equal(
-        dequantize(codes, scales, "ct-int4-sym", group_size, shape=w.shape, dtype=dtype), dequantized
-    )
+    assert torch.equal(dequantize(codes, scales, "ct-int4-sym", group_size, shape=w.shape, dtype=dtype), dequantized)
 
 
 def test_compressed_tensors_rounds_in_the_dtype_of_the_model():
@@ -136,9 +134,7 @@ def test_minmax_against_its_definition(group_size, dtype):
     codes, params = quantize(w, "minmax-int4", group_size)
     assert unpack(codes).tolist() == bucket.reshape(-1).tolist()
     assert torch.equal(params, torch.cat([torch.tensor(step), torch.tensor(low)], dim=1))
-    value = (
-        torch.tensor(low + (bucket + low.dtype.type(0.5)).astype("float32") * step).view(w.shape).to(dtype)
-    )
+    value = torch.tensor(low + (bucket + low.dtype.type(0.5)).astype("float32") * step).view(w.shape).to(dtype)
     assert torch.equal(fake_quant(w, "minmax-int4", group_size), value)
 
 
@@ -171,9 +167,7 @@ def test_round_trip(case):
         group, group_q = group.double(), group_q.double()
         reach = group.max() - group.min() if recipe.affine else group.abs().max()
         # Half the widest bucket: NF4 0.152, FP4 1/6, int4 1/15 of absmax, min-max 1/32 of the range.
-        widest = {"bnb-nf4": 0.152, "bnb-fp4": 0.1667, "ct-int4-sym": 1 / 15, "minmax-int4": 1 / 32}[
-            recipe.name
-        ]
+        widest = {"bnb-nf4": 0.152, "bnb-fp4": 0.1667, "ct-int4-sym": 1 / 15, "minmax-int4": 1 / 32}[recipe.name]
         rounding = torch.finfo(w.dtype).eps * group.abs().max() + torch.finfo(w.dtype).tiny
         assert (group - group_q).abs().max() <= widest * reach * (1 + 1e-6) + 2 * rounding
     if recipe.kind == "codebook":
@@ -215,13 +209,7 @@ def test_nan_and_infinity_spoil_their_group_only(format):
     for bad in (torch.nan, torch.inf, -torch.inf):
         w = weights(4, 64)
         w[1, 5] = bad
-        group = (
-            slice(64 // size * size, 64 + size)
-            if size and size < 64
-            else slice(64, 128)
-            if size
-            else slice(0, 256)
-        )
+        group = slice(64 // size * size, 64 + size) if size and size < 64 else slice(64, 128) if size else slice(0, 256)
         w_q = fake_quant(w, format).view(-1)
         spoiled = torch.zeros(256, dtype=torch.bool)
         spoiled[group] = True
@@ -276,9 +264,7 @@ def test_opcheck(format):
 def test_compiles_without_a_graph_break():
     def step(w):
         codes, scales = quantize(w, "bnb-nf4", 128)
-        return fake_quant(w, "ct-int4-sym@64") * dequantize(
-            codes, scales, "bnb-nf4@128", shape=w.shape, dtype=w.dtype
-        )
+        return fake_quant(w, "ct-int4-sym@64") * dequantize(codes, scales, "bnb-nf4@128", shape=w.shape, dtype=w.dtype)
 
     eager, compiled = (weights(8, 256).requires_grad_() for _ in range(2))
     out, out_compiled = step(eager), torch.compile(step, fullgraph=True)(compiled)

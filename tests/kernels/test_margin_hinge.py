@@ -124,9 +124,7 @@ def test_log_probs_close_the_hole_of_a_common_shift():
     ref = torch.randn(5, 100)
     shifted = ref + 3
     assert logit_margin_hinge(shifted, ref, margin=1.0) == 0
-    assert logit_margin_hinge(shifted, ref, margin=1.0, space="log_probs").item() == pytest.approx(
-        1, abs=1e-5
-    )
+    assert logit_margin_hinge(shifted, ref, margin=1.0, space="log_probs").item() == pytest.approx(1, abs=1e-5)
 
 
 @CASES
@@ -135,9 +133,7 @@ def test_nothing_to_average(norm, space):
     labels = torch.full((3,), IGNORED)
     z[0, 0] = math.nan  # an ignored row is not read
     z.requires_grad_()
-    loss, share = logit_margin_hinge(
-        z, ref, labels, margin=9.0, norm=norm, space=space, return_active_share=True
-    )
+    loss, share = logit_margin_hinge(z, ref, labels, margin=9.0, norm=norm, space=space, return_active_share=True)
     loss.backward()
     assert loss == 0 and share == 0 and not z.grad.any()
     empty = torch.zeros(0, 11, requires_grad=True)
@@ -155,9 +151,7 @@ def test_nan_is_not_hidden(norm, space):
         spoiled[0, 3] = bad
         spoiled_ref[0, 3] = bad
         spoiled.requires_grad_()
-        h = logit_margin_hinge(
-            spoiled, spoiled_ref, labels, margin=9.0, norm=norm, space=space, reduction="none"
-        )
+        h = logit_margin_hinge(spoiled, spoiled_ref, labels, margin=9.0, norm=norm, space=space, reduction="none")
         assert h[0].isnan() and h[1].isfinite()
         h.sum().backward()
         assert spoiled.grad[0].isnan().any() and spoiled.grad[1].isfinite().all()

@@ -1,0 +1,215 @@
+"""The losses against naive formulas, answer_logits on several architectures, and the references."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from quail import losses
+from quail.data import collate
+from quail.references import AdapterOffReference, FrozenReference, make_reference
+from quail_kernels import fake_quant, logit_margin_hinge
+
+VOCAB = 128
+
+
+def llama(seed=0, **options):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2(seed=0):
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config).eval()
+
+
+def rows(lengths, seed=0):
+    """One encoded row for each (prompt length, answer length)."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for prompt, answer in lengths:
+        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+@pytest.fixture
+def batch():
+    return collate(rows([(4, 3), (6, 1), (2, 5), (0, 4)]), pad_token_id=0)
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(1)
+    labels = torch.randint(0, VOCAB, (3, 7))
+    labels[0, :3] = labels[1, 5:] = -100
+    return torch.randn(3, 7, VOCAB), torch.randn(3, 7, VOCAB), labels
+
+
+def naive_log_probs(logits, labels):
+    """[example][answer token], one at a time."""
+    return [
+        [torch.log(F.softmax(logits[b, t], -1)[labels[b, t]]) for t in range(labels.shape[1]) if labels[b, t] >= 0]
+        for b in range(len(labels))
+    ]
+
+
+def test_nll_and_gradient_ascent_are_a_mean_over_answer_tokens(case):
+    logits, _, labels = case
+    expected = -torch.stack(sum(naive_log_probs(logits, labels), [])).mean()
+    torch.testing.assert_close(losses.nll(logits, labels), expected)
+    torch.testing.assert_close(losses.gradient_ascent(logits, labels), -expected)
+
+
+def test_npo_is_the_formula_of_the_paper(case):
+    logits, ref_logits, labels = case
+    for beta in (0.1, 1.0):
+        terms = []
+        for mine, ref in zip(naive_log_probs(logits, labels), naive_log_probs(ref_logits, labels), strict=True):
+            ratio = torch.exp(torch.stack(mine).sum() - torch.stack(ref).sum())
+            terms.append(2 / beta * torch.log(1 + ratio**beta))
+        torch.testing.assert_close(
+            losses.npo(logits, ref_logits, labels, beta), torch.stack(terms).mean(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_npo_stays_finite_far_from_the_reference(case):
+    logits, ref_logits, labels = case
+    logits = (logits * 1e3).requires_grad_()
+    loss = losses.npo(logits, ref_logits, labels)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_klr_is_a_kl_divergence(case):
+    logits, ref_logits, labels = case
+    kl = losses.kl_to_reference(logits, ref_logits, labels)
+    p, q = (torch.distributions.Categorical(logits=z[labels >= 0]) for z in (ref_logits, logits))
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(p, q).mean())
+    assert kl > 0
+    assert losses.kl_to_reference(logits, logits, labels).abs() < 1e-6
+    shifted = losses.kl_to_reference(logits + 7, ref_logits - 3, labels)
+    torch.testing.assert_close(shifted, kl, rtol=1e-4, atol=1e-5)
+
+
+def test_count_adds_parts_up_to_the_whole(case):
+    logits, ref, labels = case
+    tokens, examples = losses.answer_tokens(labels), torch.tensor(3)
+    for loss, count in (
+        (lambda s, **k: losses.nll(logits[s], labels[s], **k), tokens),
+        (lambda s, **k: losses.kl_to_reference(logits[s], ref[s], labels[s], **k), tokens),
+        (lambda s, **k: losses.npo(logits[s], ref[s], labels[s], **k), examples),
+    ):
+        parts = sum(loss(slice(i, i + 1), count=count) for i in range(3))
+        torch.testing.assert_close(parts, loss(slice(None)))
+
+
+def test_a_batch_without_answers_gives_zero(case):
+    logits, ref, labels = case
+    ignored = torch.full_like(labels, -100)
+    assert losses.nll(logits, ignored) == 0 and losses.kl_to_reference(logits, ref, ignored) == 0
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_answer_logits_are_those_of_the_whole_forward_pass(make, batch):
+    model = make()
+    logits, labels = losses.answer_logits(model, batch)
+    full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits, full[:, :-1][:, -logits.shape[1] :])
+    assert (labels >= 0).sum() == (batch["labels"][:, 1:] >= 0).sum()
+    own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+    torch.testing.assert_close(losses.nll(logits, labels), own.loss)
+
+
+def test_logits_to_keep_reaches_the_head_and_changes_nothing():
+    model, batch = llama(), collate(rows([(20, 2), (18, 3)]), pad_token_id=0)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    short, short_labels = losses.answer_logits(model, batch)
+    full, full_labels = losses.answer_logits(model, {k: v for k, v in batch.items() if k != "logits_to_keep"})
+    assert seen == [batch["logits_to_keep"], batch["labels"].shape[1]]
+    assert seen[0] < seen[1]
+    torch.testing.assert_close(short, full[:, -short.shape[1] :])
+    torch.testing.assert_close(losses.nll(short, short_labels), losses.nll(full, full_labels))
+
+
+def test_paper_margin_is_half_the_step():
+    model = llama()
+    head = model.get_output_embeddings().weight.detach()
+    assert losses.paper_margin(model) == losses.mean_step(head, "bnb-nf4") / 2
+    assert losses.paper_margin(model, step=0.08) == 0.04
+    uniform = (head.max() - head.min()) / 16
+    assert losses.paper_margin(model, "minmax-int4") == pytest.approx(uniform.item() / 2, rel=1e-5)
+    assert fake_quant(head, "minmax-int4").unique().numel() <= 16
+    with pytest.raises(ValueError, match="^step: expected a positive number; got 0$"):
+        losses.paper_margin(model, step=0)
+
+
+def test_frozen_reference_does_not_move_with_the_model(batch):
+    model = llama(attention_dropout=0.5).train()
+    reference = make_reference(model)
+    assert isinstance(reference, FrozenReference)
+    before, _ = reference(batch)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    after, _ = reference(batch)
+    assert torch.equal(before, after) and not after.requires_grad
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_adapter_off_reference_is_the_base_model(batch):
+    base = llama()
+    expected, _ = losses.answer_logits(copy.deepcopy(base).eval(), batch)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).train()
+    reference = make_reference(model)
+    assert isinstance(reference, AdapterOffReference)
+    logits, _ = reference(batch)
+    torch.testing.assert_close(logits, expected)
+    assert not logits.requires_grad and model.training
+    moved, _ = losses.answer_logits(model, batch)
+    assert (moved - expected).abs().max() > 1e-4
+
+
+def test_the_model_is_no_reference_of_itself():
+    model = llama()
+    sharing = copy.copy(model)
+    for ref_model in (model, sharing):
+        with pytest.raises(ValueError, match="^ref_model: expected a model of its own; got .*shares[^\n]*$"):
+            make_reference(model, ref_model)
+    with pytest.raises(ValueError, match="^model: expected a PEFT model[^\n]*; got LlamaForCausalLM$"):
+        AdapterOffReference(model)
+
+
+def test_a_plain_loop_unlearns():
+    model, forget, retain = llama(), rows([(4, 3), (3, 5)]), rows([(4, 6), (5, 2)], seed=1)
+    forget, retain = collate(forget, pad_token_id=0), collate(retain, pad_token_id=0)
+    before = losses.nll(*losses.answer_logits(model, forget)).item()
+    alpha, gamma, margin = 1.0, 1.0, 0.5
+
+    reference = make_reference(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        ref_logits, _ = reference(forget)
+        logits, labels = losses.answer_logits(model, forget)
+        loss = losses.gradient_ascent(logits, labels)
+        loss = loss + alpha * losses.nll(*losses.answer_logits(model, retain))
+        loss = loss + gamma * logit_margin_hinge(logits, ref_logits, labels, margin=margin)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert losses.nll(*losses.answer_logits(model, forget)).item() > before

@@ -1,0 +1,440 @@
+"""QuailTrainer on a tiny random Llama."""
+
+import copy
+import itertools
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from quail import losses
+from quail.data import UnlearningCollator, UnlearningDataset, collate
+from quail.references import AdapterOffReference
+from quail.trainer import QuailConfig, QuailTrainer, deploy_weights_, fake_quantized
+from quail_kernels import fake_quant
+
+VOCAB = 128
+FORGET_LENGTHS = [(4, 3), (6, 1), (2, 7), (0, 4)]
+RETAIN_LENGTHS = [(3, 2), (5, 6), (1, 9), (2, 2)]
+
+
+def llama(seed=0, **options):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for prompt, answer in lengths:
+        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+FORGET, RETAIN = rows(FORGET_LENGTHS), rows(RETAIN_LENGTHS, seed=1)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def config(**options):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_steps": 2,
+            "dataloader_pin_memory": False,
+        }
+        return QuailConfig(**defaults | options)
+
+    return config
+
+
+def make_trainer(model, config, forget=FORGET, retain=RETAIN, **options):
+    dataset = UnlearningDataset(forget, retain)
+    options.setdefault("data_collator", UnlearningCollator(0))
+    return QuailTrainer(model=model, args=config, train_dataset=dataset, **options)
+
+
+def nll(model, encoded):
+    with torch.no_grad():
+        return losses.nll(*losses.answer_logits(model.eval(), collate(encoded, 0))).item()
+
+
+COMBINATIONS = [
+    *itertools.product(("ga", "npo"), ("gdr", "klr", "none"), (0.0, 1.0), ("per_logit",), ("logits",)),
+    *itertools.product(("ga",), ("gdr",), (1.0,), ("l2", "linf", "label"), ("logits", "log_probs")),
+]
+
+
+@pytest.mark.parametrize("forget_loss, retain_loss, gamma, norm, space", COMBINATIONS)
+def test_every_combination_trains(config, forget_loss, retain_loss, gamma, norm, space):
+    args = config(
+        forget_loss=forget_loss,
+        retain_loss=retain_loss,
+        gamma=gamma,
+        hinge_norm=norm,
+        hinge_space=space,
+        margin_mode="absolute",
+        margin=5.0,
+    )
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(model, args)
+    result = trainer.train()
+    assert trainer.state.global_step == 2 and torch.isfinite(torch.tensor(result.training_loss))
+    changed = [name for name, w in model.state_dict().items() if not torch.equal(w, before[name])]
+    assert len(changed) == len(before)
+    assert all(w.isfinite().all() for w in model.state_dict().values())
+    assert (trainer.reference is not None) == (gamma > 0 or forget_loss == "npo" or retain_loss == "klr")
+
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = {"forget_loss"} | ({"retain_loss"} if retain_loss != "none" else set()) | ({"hinge"} if gamma else set())
+    for entry in logged:
+        assert names == {"forget_loss", "retain_loss", "hinge"} & set(entry)
+        total = entry["forget_loss"] + entry.get("retain_loss", 0) + entry.get("hinge", 0)
+        assert entry["loss"] == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+def test_it_forgets_and_retains(config):
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        losses.nll(*losses.answer_logits(model, collate(FORGET + RETAIN, 0))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    forget, retain = nll(model, FORGET), nll(model, RETAIN)
+    assert forget < 1
+    make_trainer(model, config(max_steps=20, learning_rate=5e-4)).train()
+    assert nll(model, FORGET) > forget + 1
+    assert nll(model, RETAIN) < retain + 0.2
+
+
+@pytest.mark.parametrize("forget_loss, retain_loss", [("ga", "gdr"), ("npo", "klr"), ("ga", "none")])
+def test_gradient_accumulation_is_one_large_batch(config, forget_loss, retain_loss):
+    options = {"forget_loss": forget_loss, "retain_loss": retain_loss, "alpha": 0.7, "gamma": 2.0}
+    options |= {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "margin_mode": "absolute", "margin": 3.0}
+    trained, loss = [], []
+    for size, steps in ((4, 1), (1, 4), (2, 2)):
+        model = llama()
+        args = config(per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options)
+        # The reference is another model, so that KL and hinge have gradients from the first step on.
+        trainer = make_trainer(model, args, ref_model=llama(seed=5))
+        trainer.train()
+        trained.append(model.state_dict())
+        loss.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    start = llama().state_dict()
+    for other, its_loss in zip(trained[1:], loss[1:], strict=True):
+        assert its_loss == pytest.approx(loss[0], rel=1e-5)
+        for name, w in trained[0].items():
+            torch.testing.assert_close(other[name], w, rtol=1e-5, atol=1e-6)
+            assert (w - start[name]).abs().max() > 1e-4
+
+
+def _train_on_two_processes(rank, port, args, out):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    model = llama()
+    trainer = make_trainer(model, QuailConfig(**args), ref_model=llama(seed=5))
+    trainer.train()
+    if rank == 0:
+        entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        torch.save((model.state_dict(), entry), out)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_large_batch(config, tmp_path):
+    options = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "margin_mode": "absolute", "margin": 3.0}
+    options |= {"forget_loss": "npo", "max_steps": 1, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    options |= {"gamma": 2.0, "dataloader_pin_memory": False}
+    model = llama()
+    trainer = make_trainer(model, config(**options), ref_model=llama(seed=5))
+    trainer.train()
+    expected = next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+    options |= {"output_dir": str(tmp_path), "use_cpu": True, "ddp_backend": "gloo", "save_strategy": "no"}
+    options |= {"disable_tqdm": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "trained.pt"
+    torch.multiprocessing.spawn(_train_on_two_processes, (port, options, out), nprocs=2)
+    weights, entry = torch.load(out, weights_only=True)
+    for name, w in model.state_dict().items():
+        torch.testing.assert_close(weights[name], w, rtol=1e-5, atol=1e-6)
+    for name in ("loss", "forget_loss", "retain_loss", "hinge"):
+        assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_a_short_last_accumulation_counts_only_its_own(config):
+    """Three batches accumulated by two: the second step has one batch."""
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "gamma": 0.0, "num_train_epochs": 1}
+    model = llama()
+    args = config(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=-1, **options)
+    trainer = make_trainer(model, args, forget=FORGET[:3])
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+    expected, pairs = llama(), UnlearningDataset(FORGET[:3], RETAIN)
+    set_seed(args.seed)
+    order = [next(i for i in range(3) if pairs[i]["forget"]["input_ids"] == ids) for ids in _order(trainer)]
+    for step in (order[:2], order[2:]):
+        loss = losses.gradient_ascent(*losses.answer_logits(expected, collate([pairs[i]["forget"] for i in step], 0)))
+        loss = loss + losses.nll(*losses.answer_logits(expected, collate([pairs[i]["retain"] for i in step], 0)))
+        loss.backward()
+        with torch.no_grad():
+            for p in expected.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+    for name, w in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], w, rtol=1e-5, atol=1e-6)
+
+
+def _order(trainer):
+    """The forget rows in the order of the first epoch."""
+    loader = trainer.get_train_dataloader()
+    return [batch["forget"]["input_ids"][0].tolist() for batch in loader]
+
+
+def test_pairs_change_between_epochs(config):
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            dataset = trainer.train_dataset
+            seen[dataset.epoch] = [dataset[i]["retain"]["input_ids"] for i in range(len(dataset))]
+
+    args = config(max_steps=-1, num_train_epochs=3, gamma=0.0)
+    trainer = make_trainer(llama(), args, forget=FORGET[:3], callbacks=[Watch()])
+    trainer.train()
+    assert list(seen) == [0, 1, 2] and seen[0] != seen[1] != seen[2]
+
+
+def test_adapters(config):
+    base = llama()
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    trainer = make_trainer(model, config(forget_loss="npo", retain_loss="klr"))
+    trainer.train()
+    assert isinstance(trainer.reference, AdapterOffReference)
+    logits, _ = trainer.reference(collate(FORGET, 0))
+    original = llama()
+    original.load_state_dict(before)
+    torch.testing.assert_close(logits, losses.answer_logits(original.eval(), collate(FORGET, 0))[0])
+    moved, _ = losses.answer_logits(model.eval(), collate(FORGET, 0))
+    assert (moved - logits).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="^fake_quant: expected None for a PEFT model[^\n]*; got 'bnb-nf4'$"):
+        make_trainer(model, config(fake_quant="bnb-nf4"))
+
+
+def test_the_model_is_no_reference_of_itself(config):
+    model = llama()
+    for gamma in (0.0, 1.0):
+        with pytest.raises(ValueError, match="^ref_model: expected a model of its own[^\n]*$"):
+            make_trainer(model, config(gamma=gamma), ref_model=model)
+
+
+def test_coarse_weights_are_warned_of_once(config):
+    with pytest.warns(UserWarning, match="expected fp32 master weights, got torch.bfloat16.*15 %") as caught:
+        make_trainer(llama().bfloat16(), config()).train()
+    assert len([w for w in caught if "master weights" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*master weights.*")
+        make_trainer(llama(), config())
+        frozen = get_peft_model(llama().bfloat16(), LoraConfig(r=2, target_modules=["q_proj"]))
+        assert {p.dtype for p in frozen.parameters() if p.requires_grad} == {torch.float32}
+        make_trainer(frozen, config())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"forget_loss": "dpo"}, "forget_loss: expected one of ga, npo; got 'dpo'"),
+        ({"retain_loss": None}, "retain_loss: expected one of gdr, klr, none; got None"),
+        ({"hinge_norm": "l1"}, "hinge_norm: expected one of per_logit, l2, linf, label; got 'l1'"),
+        ({"hinge_space": "probs"}, "hinge_space: expected one of logits, log_probs; got 'probs'"),
+        ({"margin_mode": "half"}, "margin_mode: expected one of paper, absolute; got 'half'"),
+        ({"alpha": -1}, "alpha: expected a finite number of at least 0; got -1"),
+        ({"gamma": float("nan")}, "gamma: expected a finite number of at least 0; got nan"),
+        ({"npo_beta": 0}, "npo_beta: expected a finite number above 0; got 0"),
+        ({"margin": 0.0}, "margin: expected a finite number above 0, or None; got 0.0"),
+        (
+            {"margin_mode": "absolute"},
+            "margin: expected a finite number above 0 for margin_mode 'absolute'; got None",
+        ),
+        ({"margin_format": "nf4"}, "margin_format: expected one of bnb-nf4, bnb-fp4, .*; got 'nf4'"),
+        ({"fake_quant": "int3"}, "fake_quant: expected one of bnb-nf4, bnb-fp4, .*; got 'int3'"),
+        ({"fake_quant": "bnb-nf4@65"}, "fake_quant: expected one of 32, 64, .* for bnb-nf4; got 65"),
+        ({"fake_quant": True}, "fake_quant: expected the name of a format; got True"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False, .*; got True"),
+    ],
+)
+def test_config_says_what_it_expected(config, options, message):
+    with pytest.raises(ValueError, match=f"^{message}$") as caught:
+        config(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_on_the_command_line(tmp_path):
+    parser = HfArgumentParser(QuailConfig)
+    line = ["--output_dir", str(tmp_path), "--forget_loss", "npo", "--margin", "0.1", "--fake_quant", "bnb-fp4"]
+    (args,) = parser.parse_args_into_dataclasses(line)
+    assert (args.forget_loss, args.margin, args.fake_quant, args.gamma) == ("npo", 0.1, "bnb-fp4", 1.0)
+    assert args.remove_unused_columns is False and args.report_to == []
+    QuailConfig(output_dir=str(tmp_path), margin_mode="absolute", gamma=0.0)
+
+
+def test_the_margin(config):
+    model = llama()
+    assert make_trainer(model, config()).hinge_margin == losses.paper_margin(model)
+    assert make_trainer(model, config(margin=0.1)).hinge_margin == 0.05
+    assert make_trainer(model, config(margin=0.1, margin_mode="absolute")).hinge_margin == 0.1
+    assert make_trainer(model, config(gamma=0)).hinge_margin is None
+
+
+def test_data_that_does_not_fit_is_refused(config):
+    with pytest.raises(ValueError, match="^retain_loss: expected 'none' or a retain set for 'gdr'[^\n]*$"):
+        make_trainer(llama(), config(), retain=None)
+    with pytest.raises(ValueError, match="^processing_class: expected a tokenizer[^\n]*; got NoneType$"):
+        make_trainer(llama(), config(), data_collator=None)
+    trainer = QuailTrainer(llama(), config(), train_dataset=FORGET, data_collator=UnlearningCollator(0))
+    with pytest.raises(ValueError, match="^train_dataset: expected batches with forget and retain[^\n]*$"):
+        trainer.train()
+    args = config(retain_loss="none")
+    make_trainer(llama(), args, retain=None).train()
+
+
+def test_evaluation_is_the_ordinary_loss(config):
+    model = llama()
+    # prompts are long enough for logits_to_keep to be short of the labels
+    args = config(per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1, fake_quant="bnb-nf4")
+    trainer = make_trainer(model, args, eval_dataset=rows([(9, 2), (8, 3)]))
+    expected = nll(model, rows([(9, 2), (8, 3)]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    batch = collate(FORGET, 0)
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert loss.item() == pytest.approx(nll(model, FORGET), rel=1e-5) and outputs.logits.shape[0] == 4
+    trainer.train()
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert logged[-1] == pytest.approx(nll(model, rows([(9, 2), (8, 3)])), rel=1e-5)
+
+
+def test_a_batch_alone_stands_for_itself(config):
+    model, reference = llama(), llama(seed=5).eval()
+    trainer = make_trainer(model, config(margin_mode="absolute", margin=1.0, alpha=0.5), ref_model=reference)
+    inputs = {"forget": collate(FORGET, 0), "retain": collate(RETAIN, 0)}
+    counts = trainer._counts([inputs], torch.device("cpu"))
+    assert {k: v.item() for k, v in counts.items()} == {
+        "forget_tokens": 3 + 1 + 7 + 3,
+        "forget_examples": 4,
+        "retain_tokens": 2 + 6 + 9 + 2,
+    }
+    loss = trainer.compute_loss(model, inputs)
+    torch.testing.assert_close(trainer.compute_loss(model, inputs, num_items_in_batch=counts), loss)
+
+    z, labels = losses.answer_logits(model, inputs["forget"])
+    z_ref, _ = losses.answer_logits(reference, inputs["forget"])
+    kept = labels >= 0
+    hinge = F.relu(1.0 - (z - z_ref).abs())[kept].mean()
+    expected = -F.cross_entropy(z[kept], labels[kept]) + hinge
+    z, labels = losses.answer_logits(model, inputs["retain"])
+    kept = labels >= 0
+    expected = expected + 0.5 * F.cross_entropy(z[kept], labels[kept])
+    torch.testing.assert_close(loss, expected)
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4", "bnb-fp4", "ct-int4-sym@64", "minmax-int4"])
+def test_fake_quantized_is_a_quantized_model(format):
+    model = llama().eval()
+    manual = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in linears(manual).values():
+            layer.weight.copy_(fake_quant(layer.weight.bfloat16(), format).float())
+    batch = collate(FORGET, 0)
+    plain, _ = losses.answer_logits(model, batch)
+    expected, _ = losses.answer_logits(manual, batch)
+    with fake_quantized(model, format):
+        quantized, _ = losses.answer_logits(model, batch)
+        losses.gradient_ascent(quantized, losses.answer_logits(model, batch)[1]).backward()
+    assert torch.equal(quantized, expected) and not torch.equal(quantized, plain)
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in linears(model).values())
+    assert torch.equal(losses.answer_logits(model, batch)[0], plain)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert torch.equal(losses.answer_logits(deploy_weights_(model, format), batch)[0], expected)
+
+
+def test_fake_quantized_cleans_up_after_an_error():
+    model = llama()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = hooked = type(layer).forward.__get__(layer)
+    with pytest.raises(RuntimeError), fake_quantized(model, "bnb-nf4"):
+        assert layer.forward is not hooked
+        raise RuntimeError
+    assert layer.forward is hooked
+    assert [m for m in model.modules() if "forward" in m.__dict__] == [layer]
+    with fake_quantized(model, None):
+        assert layer.forward is hooked
+    with pytest.raises(ValueError, match="^model: expected nn.Linear layers[^\n]*; got a Embedding without$"):
+        deploy_weights_(torch.nn.Embedding(2, 2), "bnb-nf4")
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4", "bnb-fp4"])
+def test_deployed_weights_stay_what_they_are(format):
+    model = deploy_weights_(llama(), format)
+    once = copy.deepcopy(model.state_dict())
+    assert not torch.equal(once["model.layers.0.mlp.up_proj.weight"], llama().model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(once["lm_head.weight"], llama().lm_head.weight)
+    deploy_weights_(model, format)
+    assert all(torch.equal(w, once[name]) for name, w in model.state_dict().items())
+    with fake_quantized(model, format):
+        quantized, _ = losses.answer_logits(model.eval(), collate(FORGET, 0))
+    assert torch.equal(quantized, losses.answer_logits(model, collate(FORGET, 0))[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_on_fake_quantized_weights(config, checkpointing):
+    """One SGD step has the gradient at the quantized weights and takes it to the unquantized ones."""
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "gamma": 0.0, "max_steps": 1}
+    model, manual = llama(), deploy_weights_(llama(), "bnb-nf4")
+    start = copy.deepcopy(model.state_dict())
+    args = config(fake_quant="bnb-nf4", gradient_checkpointing=checkpointing, **options)
+    make_trainer(model, args).train()
+    loss = losses.gradient_ascent(*losses.answer_logits(manual, collate(FORGET, 0)))
+    (loss + losses.nll(*losses.answer_logits(manual, collate(RETAIN, 0)))).backward()
+    for name, p in manual.named_parameters():
+        step = (start[name] - model.state_dict()[name]) / 0.1
+        torch.testing.assert_close(step, p.grad, rtol=1e-4, atol=2e-6)
+    assert all("forward" not in module.__dict__ for module in linears(model).values())
+
+
+def test_bf16_autocast_keeps_logits_to_keep(config):
+    model, widths = llama(), []
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    make_trainer(model, config(bf16=True, max_steps=1, gamma=0.0), rows([(20, 2)]), rows([(20, 3)])).train()
+    assert widths == [3, 4]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
