@@ -211,9 +211,7 @@ class AuditReport:
                 changed = _range([row.figures.changed_share for row in regime])
                 expected = _range([row.figures.predicted_flip_share for row in regime])
                 recipes = ", ".join(str(get_format(row.format)) for row in regime)
-                findings.append(
-                    f"{recipes}: {meaning} Codes changed: {changed}; by the flip law: {expected}."
-                )
+                findings.append(f"{recipes}: {meaning} Codes changed: {changed}; by the flip law: {expected}.")
         limit = "Codes alone do not tell whether behaviour survives: evaluate AFTER in 4 bits"
         if survivors:
             limit += f"; {survivors} changed tensors stay in full precision and survive as they are"
@@ -286,9 +284,7 @@ def audit(
             bar.update(pair.weights)
     if not tally.rows:
         reason = _main_reason(not_compared)
-        raise ValueError(
-            f"BEFORE and AFTER: expected at least one linear weight to compare; got none: {reason}"
-        )
+        raise ValueError(f"BEFORE and AFTER: expected at least one linear weight to compare; got none: {reason}")
     return AuditReport(
         before=str(before),
         after=str(after),
@@ -343,9 +339,7 @@ class _Checkpoint:
         for shard, promised in self._shards().items():
             found = self._open(shard)
             if missing := promised - found.keys():
-                raise ValueError(
-                    f"{side}: expected {_some(missing)} in {shard}, as {_INDEX} says; got a shard without"
-                )
+                raise ValueError(f"{side}: expected {_some(missing)} in {shard}, as {_INDEX} says; got a shard without")
             self.tensors |= found
         for stored in self.tensors.values():
             if stored.dtype is None and stored.name.endswith(("weight", "weight_packed")):
@@ -360,26 +354,20 @@ class _Checkpoint:
             return {_SINGLE: set()}
         if not (self.folder / _INDEX).is_file():
             files = [path.name for path in self.folder.iterdir()]
-            weights = [
-                name for name in files if name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth"))
-            ]
+            weights = [name for name in files if name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth"))]
             got = _some(weights or files) if files else "an empty folder"
             raise ValueError(f"{self.side}: expected {_SINGLE} or {_INDEX} in {self.folder}; got {got}")
         try:
             weight_map = json.loads((self.folder / _INDEX).read_text())["weight_map"]
             shards = {shard: set() for shard in weight_map.values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.side}: expected a weight_map in {_INDEX}; got {_one_line(error)}"
-            ) from error
+            raise ValueError(f"{self.side}: expected a weight_map in {_INDEX}; got {_one_line(error)}") from error
         for name, shard in weight_map.items():
             shards[shard].add(name)
         for shard in shards:
             # A path that leads elsewhere could make the audit read any file of the machine.
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ValueError(
-                    f"{self.side}: expected {_INDEX} to name safetensors files beside it; got {shard!r}"
-                )
+                raise ValueError(f"{self.side}: expected {_INDEX} to name safetensors files beside it; got {shard!r}")
         return shards
 
     def _open(self, shard: str) -> dict[str, _Stored]:
@@ -388,31 +376,22 @@ class _Checkpoint:
             slices = {name: file.get_slice(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.side}: expected a readable {shard}; got {_one_line(error)}") from error
-        return {
-            name: _Stored(file, name, part.get_dtype(), tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
+        return {name: _Stored(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def _folder(side: str, source: str | os.PathLike) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    expected = (
-        "a folder with safetensors, or a model on the Hugging Face Hub that is cached or can be reached"
-    )
+    expected = "a folder with safetensors, or a model on the Hugging Face Hub that is cached or can be reached"
     if folder.exists():
         raise ValueError(f"{side}: expected {expected}; got the file {folder}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=["model*.safetensors", _INDEX, "config.json"])
-        )
+        return Path(snapshot_download(str(source), allow_patterns=["model*.safetensors", _INDEX, "config.json"]))
     except Exception as error:  # the errors of whichever HTTP library the hub client uses have no common base
-        raise ValueError(
-            f"{side}: expected {expected}; got {str(source)!r} ({type(error).__name__})"
-        ) from error
+        raise ValueError(f"{side}: expected {expected}; got {str(source)!r} ({type(error).__name__})") from error
 
 
 @dataclass(frozen=True)
@@ -562,9 +541,7 @@ class _Tally:
             try:
                 check_shape(pair.name, w_before.shape, recipe)
             except ValueError:
-                self._leave_out(
-                    pair, f"group {recipe.group_size} does not divide {w_before.shape[-1]}", format=name
-                )
+                self._leave_out(pair, f"group {recipe.group_size} does not divide {w_before.shape[-1]}", format=name)
                 continue
             own = bucket_compare(w_before, w_after, name)
             before_grid = bucket_compare(w_before, w_after, name, scales="before")
@@ -622,11 +599,7 @@ def _markdown(report: AuditReport) -> Iterator[str]:
     yield "# Audit in 4 bits"
     yield ""
     stored = {*report.stored_before, *report.stored_after}
-    cast = (
-        ""
-        if stored == {report.dtype}
-        else f", cast first from {' and '.join(sorted(stored - {report.dtype}))}"
-    )
+    cast = "" if stored == {report.dtype} else f", cast first from {' and '.join(sorted(stored - {report.dtype}))}"
     yield f"- BEFORE: `{report.before}`"
     yield f"- AFTER: `{report.after}`"
     yield from _wrap(f"- compared in {report.dtype}{cast}, as a deployment loads them", indent="  ")
@@ -684,9 +657,7 @@ def _markdown(report: AuditReport) -> Iterator[str]:
         "zeros: groups that are zero throughout; on grid: BEFORE's weights that are exactly what the recipe "
         "makes of them, in %; BEFORE: how it was shipped, as its weights show."
     )
-    changed = sorted(
-        (row for row in report.unquantized if row.change.changed), key=lambda row: -row.change.mean_abs
-    )
+    changed = sorted((row for row in report.unquantized if row.change.changed), key=lambda row: -row.change.mean_abs)
     yield ""
     yield f"Left in full precision: {len(report.unquantized)} tensors, {len(changed)} of them changed."
     if changed:
@@ -721,17 +692,13 @@ def _markdown(report: AuditReport) -> Iterator[str]:
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
     rows = [header, *(row + ("",) * (len(header) - len(row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"| {' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])} |" for row in rows
-    ]
+    lines = [f"| {' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])} |" for row in rows]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
     yield from (lines[0], f"|{rule}|", *lines[1:])
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    return textwrap.wrap(text, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _percent(share: float) -> str:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -94,6 +95,11 @@ def _demo(args) -> None:
 
 
 def _unlearn(args) -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its output_dir whether it writes or not
+        _unlearn_into(args, scratch)
+
+
+def _unlearn_into(args, scratch: str) -> None:
     import torch
 
     from .data import UnlearningDataset, encode, load_examples
@@ -103,7 +109,7 @@ def _unlearn(args) -> None:
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
     retain = load_examples(args.retain) if args.retain else None
-    config = QuailConfig(**_settings(args, out, retain is not None))
+    config = QuailConfig(**_settings(args, scratch, retain is not None))
     stored = _stored_dtype(args.model)
     model, tokenizer = load_for_training(args.model)
     dataset = UnlearningDataset(
@@ -120,7 +126,7 @@ def _unlearn(args) -> None:
     print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps; saved {out} in {dtype}.")
 
 
-def _settings(args, out: Path, has_retain: bool) -> dict:
+def _settings(args, scratch: str, has_retain: bool) -> dict:
     """QuailConfig's fields: our defaults, then the YAML file, then --set."""
     import dataclasses
 
@@ -129,7 +135,7 @@ def _settings(args, out: Path, has_retain: bool) -> dict:
     from .trainer import QuailConfig
 
     settings = {
-        "output_dir": f"{out}.trainer",
+        "output_dir": scratch,
         "save_strategy": "no",
         "learning_rate": 1e-5,
         "num_train_epochs": 5,

@@ -14,6 +14,7 @@ rows of the claims (the validation half); every figure reported is of the odd ro
 import copy
 import math
 import platform
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from quail_kernels import bucket_compare
 
@@ -37,7 +38,7 @@ from .trainer import QuailConfig, QuailTrainer, deploy_weights_
 UPPER_LAYERS = 10
 REPORTED_FACTS = 24
 BATCH = 16
-LEARN = {"lr": 5e-4, "epochs": 6, "batch": 32}
+LEARN = {"lr": 5e-4, "epochs": 5, "batch": 32}
 # Chosen on the validation half only: the hinge in the form that a shift of all logits cannot satisfy.
 HINGE = {
     "gamma": 1.0,
@@ -47,7 +48,7 @@ HINGE = {
     "margin": 5.0,
 }
 NO_HINGE = {"gamma": 0.0}
-STOP_AT = 0.1
+STOP_AT = 0.2
 _UPPER_VIEWS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -64,16 +65,16 @@ class Method:
 
 
 METHODS = (
-    Method("16bit-ga", "GA+GDR", "shipped in 16 bits", 5e-5, 24, NO_HINGE),
-    Method("16bit-ga-hinge", "GA+GDR+hinge", "shipped in 16 bits", 5e-5, 24, HINGE),
-    Method("nf4-ga", "GA+GDR", "shipped in NF4", 5e-5, 24, NO_HINGE),
-    Method("nf4-ga-hinge", "GA+GDR+hinge", "shipped in NF4", 5e-5, 24, HINGE),
+    Method("16bit-ga", "GA+GDR", "shipped in 16 bits", 1.5e-4, 14, NO_HINGE),
+    Method("16bit-ga-hinge", "GA+GDR+hinge", "shipped in 16 bits", 1.5e-4, 14, HINGE),
+    Method("nf4-ga", "GA+GDR", "shipped in NF4", 1.5e-4, 14, NO_HINGE),
+    Method("nf4-ga-hinge", "GA+GDR+hinge", "shipped in NF4", 1.5e-4, 14, HINGE),
     Method(
         "nf4-ga-hinge-fq",
         "GA+GDR+hinge, NF4 forward",
         "shipped in NF4",
-        5e-4,
-        24,
+        1e-3,
+        14,
         HINGE | {"fake_quant": "bnb-nf4"},
     ),
 )
@@ -124,7 +125,8 @@ def run_demo(out: str | Path, model: str | None = None, seed: int = 0) -> dict:
             learned = upper.weights()
             cells += _deployed(out, tokenizer, start, "learned", method.situation, claims, facts, general)
         upper.set(learned)
-        runs[method.folder] = _unlearn(upper, method, len(claims), out, seed)
+        with tempfile.TemporaryDirectory() as scratch:
+            runs[method.folder] = _unlearn(upper, method, len(claims), scratch, seed)
         save_checkpoint(base, tokenizer, out / method.folder, torch.bfloat16)
         cells += _deployed(out, tokenizer, method.folder, method.title, method.situation, claims, facts, general)
         overlaps.append(_overlap(method, learned, upper.weights()))
@@ -247,7 +249,7 @@ def _learn(upper: _UpperLayers, seed: int) -> None:
 
 
 class _StopOnValidation(TrainerCallback):
-    """Ends training as soon as the validation half's exact match is down to ``STOP_AT``, looked at every 2 steps."""
+    """Ends training as soon as the validation half's exact match is down to ``STOP_AT``."""
 
     def __init__(self, upper: _UpperLayers, rows: Sequence[dict], method: Method):
         self.upper, self.rows, self.format = upper, rows, method.settings.get("fake_quant")
@@ -256,18 +258,17 @@ class _StopOnValidation(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
-        if state.global_step % 2 == 0:
-            self.exact = self.upper.exact_match(self.rows, self.format)
-            self.bar.set_postfix(validation_exact=f"{self.exact:.2f}")
-            control.should_training_stop = control.should_training_stop or self.exact <= STOP_AT
+        self.exact = self.upper.exact_match(self.rows, self.format)
+        self.bar.set_postfix(validation_exact=f"{self.exact:.2f}")
+        control.should_training_stop = control.should_training_stop or self.exact <= STOP_AT
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
 
-def _unlearn(upper: _UpperLayers, method: Method, claims: int, out: Path, seed: int) -> dict:
+def _unlearn(upper: _UpperLayers, method: Method, claims: int, scratch: str, seed: int) -> dict:
     config = QuailConfig(
-        output_dir=str(out / "trainer"),
+        output_dir=scratch,
         learning_rate=method.learning_rate,
         max_steps=method.max_steps,
         lr_scheduler_type="constant_with_warmup",
@@ -291,6 +292,7 @@ def _unlearn(upper: _UpperLayers, method: Method, claims: int, out: Path, seed: 
             data_collator=UnlearningCollator(upper.pad_token_id),
             callbacks=[stop],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     if method.settings.get("fake_quant"):
         deploy_weights_(upper.model, method.settings["fake_quant"])

@@ -123,9 +123,7 @@ class BucketComparison:
         if not isinstance(other, BucketComparison):
             return NotImplemented
         if (self.group_same_code is None) != (other.group_same_code is None):
-            raise ValueError(
-                "adding comparisons: expected both with per_group or both without; got one of each"
-            )
+            raise ValueError("adding comparisons: expected both with per_group or both without; got one of each")
         merged = {}
         for name in (field.name for field in fields(self)):
             a, b = getattr(self, name), getattr(other, name)
@@ -163,9 +161,7 @@ def _bucket_compare_torch(
     before, after = before.reshape(-1), after.reshape(-1)
     counts = torch.zeros(len(_COUNTS) + _BINS, dtype=torch.int64, device=device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    group_same = torch.zeros(
-        recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device
-    )
+    group_same = torch.zeros(recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device)
     bucket_by_rank = torch.tensor(recipe.buckets, dtype=torch.int32, device=device)
     grid_before = fit_tensor(before, recipe)
     grid_after = grid_before if shared_scales else fit_tensor(after, recipe)
@@ -244,9 +240,7 @@ def _bucket_compare_fwd_kernel(
     pos = tile_position(x, scale, low, short, dtype, KIND, HAS_SHORT)
     y_pos = tile_position(y, y_scale, y_low, short, dtype, KIND, HAS_SHORT)
 
-    distance = tl.abs(
-        tile_entry(y_pos, KIND, THRESHOLDS, BUCKETS) - tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
-    )
+    distance = tl.abs(tile_entry(y_pos, KIND, THRESHOLDS, BUCKETS) - tile_entry(pos, KIND, THRESHOLDS, BUCKETS))
     value = tile_value(pos, scale, low, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
     y_value = tile_value(y_pos, y_scale, y_low, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
     step = tile_step(pos, scale, KIND, THRESHOLDS, WIDTHS)

@@ -353,9 +353,7 @@ def fake_quant(w: torch.Tensor, format: str, group_size: int | None = None) -> t
     return _fake_quant_op(w, format, group_size)
 
 
-def quantize(
-    w: torch.Tensor, format: str, group_size: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The 4-bit codes and the scales of ``w``: what a deployment would store.
 
     Takes and refuses what ``fake_quant`` does. Not differentiable.

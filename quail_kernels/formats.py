@@ -63,8 +63,7 @@ class Format:
     ``fit(x, short)``           the parameters, [groups], or [groups, 2] = (step, minimum) where ``affine``
     ``rank(x, params, short)``  the bucket's place on the number line, 0 to 15
     ``value(rank, params)``     what the bucket dequantizes to, before the cast to the model's dtype
-    ``step(rank, params)``      how far a weight has to move, on average, to leave its bucket for sure: its
-                                width
+    ``step(rank, params)``      the width of the bucket
     """
 
     name: str
@@ -236,24 +235,18 @@ def get_format(format: str, group_size: int | None = None) -> Format:
     """
     name, at, size = format.partition("@")
     if name not in FORMATS:
-        raise ValueError(
-            f"format: expected one of {', '.join(FORMATS)}, optionally with @group_size; got {format!r}"
-        )
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, optionally with @group_size; got {format!r}")
     recipe = FORMATS[name]
     if at:
         if not size.isdecimal():
             raise ValueError(f"format: expected a number after @, as in {name}@64; got {format!r}")
         if group_size not in (None, int(size)):
-            raise ValueError(
-                f"group_size: expected {size}, as format {format!r} says, or none; got {group_size}"
-            )
+            raise ValueError(f"group_size: expected {size}, as format {format!r} says, or none; got {group_size}")
         group_size = int(size)
     if group_size is None:
         return recipe
     if group_size not in recipe.legal_group_sizes:
-        raise ValueError(
-            f"group_size: expected {_in_words(recipe.legal_group_sizes)} for {name}; got {group_size}"
-        )
+        raise ValueError(f"group_size: expected {_in_words(recipe.legal_group_sizes)} for {name}; got {group_size}")
     return replace(recipe, group_size=group_size)
 
 
@@ -268,9 +261,7 @@ def check_shape(name: str, shape: torch.Size, recipe: Format) -> None:
     """Raises ValueError where the groups of ``recipe`` do not divide the last dimension and have to."""
     if recipe.groups_divide_last_dim and recipe.group_size is not None:
         if not shape or shape[-1] % recipe.group_size:
-            expected = (
-                f"a last dimension that is a multiple of {recipe.group_size}, the group size of {recipe.name}"
-            )
+            expected = f"a last dimension that is a multiple of {recipe.group_size}, the group size of {recipe.name}"
             raise ValueError(f"{name}: expected {expected}; got shape {tuple(shape)}")
 
 

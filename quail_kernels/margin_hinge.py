@@ -181,7 +181,7 @@ def _margin_hinge_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     stats_ptr += row * 5
     if HAS_LABELS:
-        label = tl.load(labels_ptr + row).to(tl.int64)
+        label = tl.load(labels_ptr + row)
         if label == ignore_index:
             tl.store(hinge_ptr + row, 0.0)
             tl.store(active_ptr + row, 0)
@@ -247,9 +247,7 @@ def _margin_hinge_fwd_kernel(
                 bits = tl.where(v < n_vocab, abs_bits(d), -1)
                 beyond = bits > peaks
                 level = (bits == peaks) & (v < n_vocab)
-                sum_d = tl.where(
-                    beyond, _tile_sign_or_nan(d), tl.where(level, sum_d + _tile_sign_or_nan(d), sum_d)
-                )
+                sum_d = tl.where(beyond, _tile_sign_or_nan(d), tl.where(level, sum_d + _tile_sign_or_nan(d), sum_d))
                 counts = tl.where(beyond, 1, tl.where(level, counts + 1, counts))
                 peaks = tl.maximum(peaks, bits)
         if NORM == "per_logit":
@@ -313,7 +311,7 @@ def _margin_hinge_bwd_kernel(
     mask = v < n_vocab
     out_ptr += (row // n_tokens) * stride_ob + (row % n_tokens) * stride_ot
     if HAS_LABELS:
-        label = tl.load(labels_ptr + row).to(tl.int64)
+        label = tl.load(labels_ptr + row)
         if label == ignore_index:
             tl.store(out_ptr + v * stride_ov, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=mask)
             return
@@ -439,9 +437,7 @@ def _margin_hinge_op(
     if labels is not None:
         bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab))]
         if bad.numel():
-            raise ValueError(
-                f"labels: expected 0 to {vocab - 1} or ignore_index {ignore_index}; got {bad[0]}"
-            )
+            raise ValueError(f"labels: expected 0 to {vocab - 1} or ignore_index {ignore_index}; got {bad[0]}")
     return _margin_hinge_fwd_torch(logits, ref_logits, labels, margin, norm, space, ignore_index)
 
 
@@ -489,9 +485,7 @@ def _margin_hinge_backward_op(
     ignore_index: int,
 ) -> torch.Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _margin_hinge_bwd_torch(
-        out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index
-    )
+    _margin_hinge_bwd_torch(out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
     return out
 
 
@@ -508,9 +502,7 @@ def _(
     ignore_index: int,
 ) -> torch.Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _margin_hinge_bwd_triton(
-        out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index
-    )
+    _margin_hinge_bwd_triton(out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
     return out
 
 
@@ -541,9 +533,7 @@ def _margin_hinge_backward_inplace_op(
     space: str,
     ignore_index: int,
 ) -> None:
-    _margin_hinge_bwd_torch(
-        logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index
-    )
+    _margin_hinge_bwd_torch(logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
 
 
 @_margin_hinge_backward_inplace_op.register_kernel("cuda")
@@ -558,9 +548,7 @@ def _(
     space: str,
     ignore_index: int,
 ) -> None:
-    _margin_hinge_bwd_triton(
-        logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index
-    )
+    _margin_hinge_bwd_triton(logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
 
 
 @_margin_hinge_backward_inplace_op.register_fake
@@ -622,14 +610,10 @@ def _check(
         if tensor.dtype not in _LOGIT_DTYPES and not (tensor.dtype == torch.float64 and not tensor.is_cuda):
             raise ValueError(f"{name}: expected float32, bfloat16 or float16; got {tensor.dtype}")
     if not logits.ndim or not logits.shape[-1]:
-        raise ValueError(
-            f"logits: expected [..., vocabulary] with at least one entry; got {list(logits.shape)}"
-        )
+        raise ValueError(f"logits: expected [..., vocabulary] with at least one entry; got {list(logits.shape)}")
     if ref_logits.shape != logits.shape or ref_logits.device != logits.device:
         expected = f"the shape and device of logits, {list(logits.shape)} on {logits.device}"
-        raise ValueError(
-            f"ref_logits: expected {expected}; got {list(ref_logits.shape)} on {ref_logits.device}"
-        )
+        raise ValueError(f"ref_logits: expected {expected}; got {list(ref_logits.shape)} on {ref_logits.device}")
     if labels is None:
         if norm == "label":
             raise ValueError("labels: expected a tensor for norm 'label'; got None")
@@ -684,7 +668,7 @@ def logit_margin_hinge(
             would synchronise, the hinge of such a row is NaN.
     """
     _check(logits, ref_logits, labels, margin, norm, space, reduction)
-    flat_labels = None if labels is None else labels.reshape(-1).contiguous()
+    flat_labels = None if labels is None else labels.reshape(-1).long().contiguous()
     inplace = inplace_backward and logits.ndim <= 3 and not torch.compiler.is_compiling()
     hinge, active, _ = _margin_hinge_op(
         logits, ref_logits.detach(), flat_labels, float(margin), norm, space, ignore_index, inplace

@@ -2,9 +2,8 @@
 
 import copy
 import itertools
-import os
-import socket
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,40 +150,17 @@ def test_gradient_accumulation_is_one_large_batch(config, forget_loss, retain_lo
             assert (w - start[name]).abs().max() > 1e-4
 
 
-def _train_on_two_processes(rank, port, args, out):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    model = llama()
-    trainer = make_trainer(model, QuailConfig(**args), ref_model=llama(seed=5))
-    trainer.train()
-    if rank == 0:
-        entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        torch.save((model.state_dict(), entry), out)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_are_one_large_batch(config, tmp_path):
-    options = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "margin_mode": "absolute", "margin": 3.0}
-    options |= {"forget_loss": "npo", "max_steps": 1, "logging_steps": 1, "lr_scheduler_type": "constant"}
-    options |= {"gamma": 2.0, "dataloader_pin_memory": False}
-    model = llama()
-    trainer = make_trainer(model, config(**options), ref_model=llama(seed=5))
-    trainer.train()
-    expected = next(entry for entry in trainer.state.log_history if "loss" in entry)
-
-    options |= {"output_dir": str(tmp_path), "use_cpu": True, "ddp_backend": "gloo", "save_strategy": "no"}
-    options |= {"disable_tqdm": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "trained.pt"
-    torch.multiprocessing.spawn(_train_on_two_processes, (port, options, out), nprocs=2)
-    weights, entry = torch.load(out, weights_only=True)
-    for name, w in model.state_dict().items():
-        torch.testing.assert_close(weights[name], w, rtol=1e-5, atol=1e-6)
-    for name in ("loss", "forget_loss", "retain_loss", "hinge"):
-        assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+def test_two_processes_count_together(config, monkeypatch):
+    """Two processes with the same batch: twice the count, and twice the loss, which data parallelism halves."""
+    trainer = make_trainer(llama(), config(forget_loss="npo", retain_loss="klr"), ref_model=llama(seed=5))
+    inputs = {"forget": collate(FORGET, 0), "retain": collate(RETAIN, 0)}
+    alone, counts = trainer.compute_loss(trainer.model, inputs), trainer._counts([inputs], None)
+    two = SimpleNamespace(num_processes=2, reduce=lambda tensor, how: tensor * {"sum": 2, "mean": 1}[how])
+    monkeypatch.setattr(trainer, "accelerator", two)
+    both = trainer._counts([inputs, inputs], None)
+    assert all(both[name] == 4 * counts[name] for name in counts)
+    together = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=trainer._counts([inputs], None))
+    torch.testing.assert_close(together, alone)
 
 
 def test_a_short_last_accumulation_counts_only_its_own(config):

@@ -82,9 +82,7 @@ def test_blocks_strides_and_inplace(norm, space):
     for args in ((*views, flat, *options, grad_hinge, 512), (*copies, flat, *options, grad_hinge, 512)):
         assert all(map(torch.equal, run("triton", *args), (h, active, grad)))
     column_major = [copy.transpose(1, 2).contiguous().transpose(1, 2) for copy in copies]
-    assert all(
-        map(torch.equal, run("triton", *column_major, flat, *options, grad_hinge, 512), (h, active, grad))
-    )
+    assert all(map(torch.equal, run("triton", *column_major, flat, *options, grad_hinge, 512), (h, active, grad)))
     other = run("triton", *views, flat, *options, grad_hinge, 64)
     torch.testing.assert_close(other[0], h, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(other[2], grad, rtol=1e-4, atol=1e-6)
@@ -120,9 +118,20 @@ def test_odd_cases(norm, space):
 
 
 def test_ties_share_the_gradient_of_linf():
-    z = torch.tensor([[[0.5, -0.5, 0.25, 0.5] + [0.0] * 60]])
+    """Ties in one lane of several blocks and in several lanes, after a smaller maximum of the same lane."""
+    z = torch.zeros(1, 1, 64)
+    z[0, 0, [0, 16, 17, 32]] = torch.tensor([0.25, 0.5, -0.5, 0.5])
     h, active, grad = run("triton", z, torch.zeros_like(z), None, 1.0, "linf", "logits", torch.ones(1), 16)
     assert h == 0.5 and active == 1
-    third = torch.tensor(1 / 3)
-    assert torch.equal(grad[0, 0, :4], torch.stack([-third, third, third * 0, -third]))
-    assert not grad[0, 0, 4:].any()
+    expected = torch.zeros(64)
+    expected[[16, 17, 32]] = torch.tensor([-1.0, 1.0, -1.0]) / 3
+    assert torch.equal(grad[0, 0], expected)
+
+
+def test_a_difference_equal_to_the_margin_is_outside():
+    z = torch.tensor([[[1.0, -1.0, 1.0, 1.0]]])
+    for norm in NORMS:
+        options = (1.0, norm, "logits", IGNORED)
+        label = torch.tensor([2])
+        h, active, stats = hinge._margin_hinge_fwd_triton(z * (0.5 if norm == "l2" else 1), z * 0, label, *options)
+        assert h == 0 and active == 0 and stats[0, 4] == 0

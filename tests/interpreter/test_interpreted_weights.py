@@ -60,11 +60,7 @@ def shapes(format):
 def cases(format, dtype):
     for shape in shapes(format):
         big = shape if len(shape) > 1 else (12, shape[0])
-        yield (
-            weights(big, dtype, get_format(format).group_size)
-            .view(-1)[: torch.Size(shape).numel()]
-            .view(shape)
-        )
+        yield (weights(big, dtype, get_format(format).group_size).view(-1)[: torch.Size(shape).numel()].view(shape))
 
 
 def assert_same_bits(got, expected):
@@ -85,6 +81,18 @@ def test_quantize_dequantize_and_fake_quant(format, dtype):
         w_q = fake_quant._fake_quant_torch(w, recipe)
         assert_same_bits(fake_quant._fake_quant_triton(w, recipe, TILE), w_q)
         assert_same_bits(fake_quant._dequantize_triton(codes, scales, recipe, w.shape, dtype, TILE), w_q)
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4", "bnb-fp4"])
+def test_short_last_group_of_zeros_or_subnormals(format):
+    recipe = get_format(format)
+    for tail in (0.0, -0.0, 1e-40, 1e-38):
+        w = torch.cat([torch.randn(64), torch.full((7,), tail)])
+        codes, scales = fake_quant._quantize_torch(w, recipe)
+        triton_codes, triton_scales = fake_quant._quantize_triton(w, recipe, TILE)
+        assert_same_bits(triton_codes, codes)
+        assert_same_bits(triton_scales, scales)
+        assert_same_bits(fake_quant._fake_quant_triton(w, recipe, TILE), fake_quant._fake_quant_torch(w, recipe))
 
 
 @pytest.mark.parametrize("format", ["bnb-nf4", "ct-int4-sym@96", "minmax-int4"])
@@ -144,8 +152,5 @@ def test_bucket_compare(format, dtype, shared):
 
 def test_bucket_compare_twice_gives_the_same_bits():
     before, after = torch.randn(2, 64, 768).unbind()
-    runs = [
-        bucket_compare._bucket_compare_triton(before, after, get_format("bnb-nf4"), False, True)
-        for _ in range(2)
-    ]
+    runs = [bucket_compare._bucket_compare_triton(before, after, get_format("bnb-nf4"), False, True) for _ in range(2)]
     assert all(map(torch.equal, *runs))

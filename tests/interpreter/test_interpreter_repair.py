@@ -38,14 +38,8 @@ def test_store_out_of_bounds_raises():
 
 def test_cast_to_bf16_rounds_to_nearest_even():
     bits = torch.randint(-(2**31), 2**31, (1 << 16,), generator=torch.Generator().manual_seed(0))
-    special = torch.tensor(
-        [0x3F808000, 0x3F818000, 0x00000001, 0x00018000, 0x7F7FFFFF, 0x7F800000, 0x7FC00001]
-    )
-    x = (
-        torch.cat([bits, special, torch.zeros((1 << 17) - bits.numel() - 7)])
-        .to(torch.int32)
-        .view(torch.float32)
-    )
+    special = torch.tensor([0x3F808000, 0x3F818000, 0x00000001, 0x00018000, 0x7F7FFFFF, 0x7F800000, 0x7FC00001])
+    x = torch.cat([bits, special, torch.zeros((1 << 17) - bits.numel() - 7)]).to(torch.int32).view(torch.float32)
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     _copy_kernel[(1,)](out, x, 0, BLOCK=1 << 17)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -12,11 +12,8 @@ NF4_THRESHOLDS = [
 ]
 
 
-def test_nf4_thresholds_are_those_of_the_cuda_build_within_an_ulp():
-    ours = torch.tensor(get_format("bnb-nf4").thresholds)
-    theirs = torch.tensor(NF4_THRESHOLDS)
-    ulps = (ours.view(torch.int32) - theirs.view(torch.int32)).abs()
-    assert ulps.max() <= 1
+def test_nf4_thresholds_are_those_of_the_cuda_build():
+    assert torch.equal(torch.tensor(get_format("bnb-nf4").thresholds), torch.tensor(NF4_THRESHOLDS))
 
 
 def test_fp4_has_one_bucket_for_both_zeros():

@@ -118,6 +118,9 @@ def test_documented_gradients_where_autograd_has_a_choice():
         loss = logit_margin_hinge(at_margin, ref, torch.tensor([2]), margin=1.0, norm=norm)
         loss.backward()
         assert loss == 0 and not at_margin.grad.any(), norm
+        arguments = (at_margin.detach(), ref, torch.tensor([2]), 1.0, norm, "logits", IGNORED, False)
+        h, active, stats = torch.ops.quail.logit_margin_hinge(*arguments)
+        assert h == 0 and active == 0 and stats[0, 4] == 0, "neither counted nor in the slope for log_probs"
 
 
 def test_log_probs_close_the_hole_of_a_common_shift():
@@ -196,6 +199,8 @@ def test_dtypes_may_differ_and_the_reference_gets_no_gradient():
     )
     loss.backward()
     assert z.grad.dtype == torch.bfloat16 and ref.grad is None
+    for_labels = logit_margin_hinge(z, ref, labels.int(), margin=0.1, norm="label")
+    assert for_labels == logit_margin_hinge(z, ref, labels, margin=0.1, norm="label")
     one_row = logit_margin_hinge(z[0], ref[0], margin=0.1, reduction="none")
     assert one_row.shape == ()
 
