@@ -14,6 +14,7 @@ rows of the claims (the validation half); every figure reported is of the odd ro
 import copy
 import math
 import platform
+import shutil
 import tempfile
 import time
 import warnings
@@ -99,14 +100,24 @@ def run_demo(out: str | Path, model: str | None = None, seed: int = 0) -> dict:
     The checkpoints stay beside them. Raises ValueError where ``out`` holds something already or the model is of a
     family whose upper layers cannot be run alone.
     """
-    started = time.monotonic()
     out = refuse_to_overwrite(out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        report = _run(out, model, seed)
+        write_report(out, report)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # new or empty when we came: all of it is ours, and incomplete
+        raise
+    return report
+
+
+def _run(out: Path, model: str | None, seed: int) -> dict:
+    started = time.monotonic()
     torch.manual_seed(seed)
     claims, facts, general = embedded_sets()
     _say("Loading the model")
     base, tokenizer = load_for_training(model)
     upper = _UpperLayers(base, tokenizer, claims + facts)
-    out.mkdir(parents=True, exist_ok=True)
 
     _learn(upper, seed)
     save_checkpoint(base, tokenizer, out / "learned", torch.bfloat16)
@@ -131,7 +142,7 @@ def run_demo(out: str | Path, model: str | None = None, seed: int = 0) -> dict:
         cells += _deployed(out, tokenizer, method.folder, method.title, method.situation, claims, facts, general)
         overlaps.append(_overlap(method, learned, upper.weights()))
 
-    report = {
+    return {
         "cells": cells,
         "overlap": overlaps,
         "runs": [asdict(m) | runs[m.folder] for m in METHODS],
@@ -142,8 +153,6 @@ def run_demo(out: str | Path, model: str | None = None, seed: int = 0) -> dict:
         "machine": _machine(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_report(out, report)
-    return report
 
 
 class _UpperLayers:

@@ -187,7 +187,8 @@ def test_kernels_that_decide_codes(name, module, kernel, call, record_property):
         record_property(f"sm_{arch}", f"{code.registers} registers")
         assert code.spilled == 0
         assert code.inexact == [] and code.fused == 0, "arithmetic that PyTorch does not do"
-        assert ".ftz" not in code.ptx, "subnormal scales are scales"
+        # Subnormal scales are scales. What floor flushes to 0 is a position in the lowest bucket either way.
+        assert not re.search(r"(?<!cvt\.rmi)\.ftz", code.ptx)
         if "ct-int4" in name and kernel != "_dequantize_fwd_kernel":
             assert "0f4B400000" in code.ptx and "0fCB400000" in code.ptx, "1.5 * 2^23 is added and subtracted"
         assert not re.search(r"\b(atom|red)\.global", code.ptx), "sums in a fixed order"
