@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -98,28 +99,33 @@ def encode(
 
 
 def collate(rows: Sequence[dict], pad_token_id: int) -> dict:
-    """Encoded examples as one right-padded batch, with ``logits_to_keep`` for the head.
+    """Encoded examples as one left-padded batch, with ``logits_to_keep`` for the head.
 
     Tensors are [examples, longest]: ``input_ids`` (or ``inputs_embeds``, [examples, longest, hidden], where the rows
-    carry those), ``attention_mask`` and ``labels``. ``logits_to_keep`` is an int, reckoned here so that no training
-    step has to ask the device: only that many last columns of any row predict a label.
+    carry those), ``attention_mask``, ``position_ids`` and ``labels``. Answers end in one column, so no more than the
+    longest answer's columns need logits: ``logits_to_keep``, an int, reckoned here so that no training step has to
+    ask the device. A row's first token has nothing before it and is no label.
     """
     lengths = [len(row["labels"]) for row in rows]
     longest = max(lengths)
+
+    def pad(values: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[filler] * (longest - len(v)) + list(v) for v in values])
+
+    labels = [[IGNORE_INDEX, *row["labels"][1:]] for row in rows]
+    answers = [sum(label != IGNORE_INDEX for label in row) for row in labels]
     batch = {
-        "attention_mask": torch.tensor([[1] * n + [0] * (longest - n) for n in lengths]),
-        "labels": torch.tensor([list(row["labels"]) + [IGNORE_INDEX] * (longest - len(row["labels"])) for row in rows]),
+        "attention_mask": pad([[1] * n for n in lengths], 0),
+        "position_ids": pad([range(n) for n in lengths], 0),
+        "labels": pad(labels, IGNORE_INDEX),
+        "logits_to_keep": max(answers) + 1,
     }
     if "inputs_embeds" in rows[0]:
-        batch["inputs_embeds"] = torch.nn.utils.rnn.pad_sequence(
-            [row["inputs_embeds"] for row in rows], batch_first=True
+        batch["inputs_embeds"] = torch.stack(
+            [F.pad(row["inputs_embeds"], (0, 0, longest - n, 0)) for row, n in zip(rows, lengths, strict=True)]
         )
     else:
-        batch["input_ids"] = torch.tensor(
-            [row["input_ids"] + [pad_token_id] * (longest - len(row["input_ids"])) for row in rows]
-        )
-    first = min(next(i for i, label in enumerate(row["labels"]) if i and label != IGNORE_INDEX) for row in rows)
-    batch["logits_to_keep"] = longest - first + 1
+        batch["input_ids"] = pad([row["input_ids"] for row in rows], pad_token_id)
     return batch
 
 

@@ -27,7 +27,7 @@ def answer_logits(model: nn.Module, batch: Mapping) -> tuple[Tensor, Tensor]:
     head runs over the last ``logits_to_keep`` columns only: prompts need no logits, and the head of a small model
     is a third of its work.
     """
-    inputs = {key: batch[key] for key in ("input_ids", "inputs_embeds", "attention_mask") if key in batch}
+    inputs = model_inputs(model, batch)
     labels, keep = batch["labels"], batch.get("logits_to_keep", batch["labels"].shape[1])
     if _forward_takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = keep
@@ -35,6 +35,14 @@ def answer_logits(model: nn.Module, batch: Mapping) -> tuple[Tensor, Tensor]:
         inputs["use_cache"] = False
     logits = model(**inputs).logits[:, -keep:]
     return logits[:, :-1], labels[:, -keep:][:, 1:]
+
+
+def model_inputs(model: nn.Module, batch: Mapping) -> dict:
+    """What of a batch the model reads; the labels stay outside."""
+    inputs = {key: batch[key] for key in ("input_ids", "inputs_embeds", "attention_mask") if key in batch}
+    if "position_ids" in batch and _forward_takes(model, "position_ids"):
+        inputs["position_ids"] = batch["position_ids"]
+    return inputs
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ class QuailTrainer(Trainer):
         """
         if "forget" not in inputs:
             # A model that computes its own loss needs logits for every label.
-            outputs = model(**{key: value for key, value in inputs.items() if key != "logits_to_keep"})
+            outputs = model(**losses.model_inputs(model, inputs), labels=inputs["labels"])
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
         args, counts, parts = self.args, num_items_in_batch or {}, {}
         forget = inputs["forget"]

@@ -112,17 +112,23 @@ def test_collate_aligns():
         {"input_ids": [9, 8, 7], "labels": [-100, -100, 7]},
     ]
     batch = collate(rows, pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 8], [9, 8, 7, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 7, 8], [-100, -100, 7, -100, -100]]
-    # Column 1 predicts the earliest label, which is in column 2.
-    assert batch["logits_to_keep"] == 4
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 8], [0, 0, 9, 8, 7]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 7, 8], [-100, -100, -100, -100, 7]]
+    # Two columns hold labels, and the one before them predicts the first.
+    assert batch["logits_to_keep"] == 3
+
+
+def test_collate_leaves_a_first_token_unpredicted():
+    batch = collate([{"input_ids": [4, 5], "labels": [4, 5]}, {"input_ids": [6, 7, 8], "labels": [6, 7, 8]}], 0)
+    assert batch["labels"].tolist() == [[-100, -100, 5], [-100, 7, 8]]
 
 
 def test_collate_takes_embeddings():
     rows = [{"inputs_embeds": torch.ones(n, 2), "labels": [-100, *range(n - 1)]} for n in (3, 2)]
     batch = collate(rows, pad_token_id=0)
-    assert batch["inputs_embeds"].shape == (2, 3, 2) and batch["inputs_embeds"][1, 2].eq(0).all()
+    assert batch["inputs_embeds"].shape == (2, 3, 2) and batch["inputs_embeds"][1, 0].eq(0).all()
     assert "input_ids" not in batch
 
 

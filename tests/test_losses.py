@@ -124,14 +124,31 @@ def test_a_batch_without_answers_gives_zero(case):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_answer_logits_are_those_of_the_whole_forward_pass(make, batch):
-    model = make()
-    logits, labels = losses.answer_logits(model, batch)
-    full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(logits, full[:, :-1][:, -logits.shape[1] :])
-    assert (labels >= 0).sum() == (batch["labels"][:, 1:] >= 0).sum()
-    own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
-    torch.testing.assert_close(losses.nll(logits, labels), own.loss)
+def test_answers_in_a_padded_batch_are_those_of_each_row_alone(make):
+    model, encoded = make(), rows([(4, 3), (6, 1), (2, 5), (0, 4)])
+    logits, labels = losses.answer_logits(model, collate(encoded, pad_token_id=0))
+    alone = []
+    for row in encoded:
+        ids = torch.tensor([row["input_ids"]])
+        count = sum(label != -100 for label in row["labels"][1:])
+        alone.append(model(input_ids=ids).logits[0, :-1][-count:])
+    torch.testing.assert_close(logits[labels >= 0], torch.cat(alone))
+    targets = [label for row in encoded for label in row["labels"][1:] if label != -100]
+    assert labels[labels >= 0].tolist() == targets
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_padding_gives_no_gradient_and_no_nan(make):
+    model, encoded = make(), rows([(4, 3), (9, 2)])
+    losses.nll(*losses.answer_logits(model, collate(encoded, pad_token_id=0))).backward()
+    padded = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert all(grad.isfinite().all() for grad in padded)
+    model.zero_grad()
+    count = torch.tensor(5)
+    for row in encoded:
+        losses.nll(*losses.answer_logits(model, collate([row], pad_token_id=0)), count).backward()
+    for grad, p in zip(padded, (p for p in model.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_to_keep_reaches_the_head_and_changes_nothing():

@@ -32,8 +32,8 @@ def test_figures_are_those_of_the_answers(cell):
 
 
 def test_the_model_had_learned_what_it_then_forgot():
-    assert CELLS["learned", "none"]["forget"]["exact"] > 0.9
-    assert CELLS["16bit-ga", "none"]["forget"]["exact"] < 0.5
+    learned, unlearned = (CELLS[model, "none"]["forget"]["exact"] for model in ("learned", "16bit-ga"))
+    assert learned > 0.8 and unlearned < learned / 2
 
 
 def test_checkpoints_are_ordinary_safetensors():
