@@ -34,11 +34,11 @@ from .data import QA_TEMPLATE, Example, UnlearningCollator, UnlearningDataset, c
 from .evaluate import Evaluation, evaluate
 from .models import default_device, load_deployed, load_for_training, refuse_to_overwrite, save_checkpoint
 from .report import write_report
-from .trainer import QuailConfig, QuailTrainer, deploy_weights_
+from .trainer import QuailConfig, QuailTrainer, deploy_weights_, fake_quantized
 
 UPPER_LAYERS = 10
 REPORTED_FACTS = 12
-PERPLEXITY_CHARACTERS = 2400
+PERPLEXITY_CHARACTERS = 1600
 BATCH = 12
 LEARN = {"lr": 8e-4, "epochs": 4, "batch": 32}
 # Chosen on the validation half only: the hinge in the form that a shift of all logits cannot satisfy.
@@ -75,7 +75,7 @@ METHODS = (
         "nf4-ga-hinge-fq",
         "GA+GDR+hinge, NF4 forward",
         "shipped in NF4",
-        1.5e-3,
+        2e-3,
         16,
         HINGE | {"fake_quant": "bnb-nf4"},
     ),
@@ -212,13 +212,8 @@ class _UpperLayers:
     @torch.no_grad()
     def exact_match(self, rows: Sequence[dict], format: str | None = None) -> float:
         """The share of rows whose every answer token is the model's first choice: what greedy decoding would say."""
-        kept = self.weights() if format else None
-        if format:
-            deploy_weights_(self.model, format)
-        with self.autocast():
+        with self.autocast(), fake_quantized(self.model, format):
             logits, labels = losses.answer_logits(self.model, self.batch(rows))
-        if kept:
-            self.set(kept)
         hit = (logits.argmax(-1) == labels) | (labels == -100)
         return hit.all(-1).float().mean().item()
 

@@ -293,13 +293,15 @@ def fake_quantized(model: nn.Module, format: str | None) -> Iterator[nn.Module]:
     """Within it, the linear layers of ``model`` compute with the weights that a bf16 deployment in ``format`` has.
 
     Output head and embeddings are left alone, as bitsandbytes leaves them. Gradients go to the unquantized weights
-    unchanged. ``format`` None does nothing. Raises ValueError where there is no layer to quantize.
+    unchanged. The weights are quantized once, on entry, however many passes follow: change them outside only.
+    ``format`` None does nothing. Raises ValueError where there is no layer to quantize.
     """
     patched = []
     try:
         for layer in _deployed_linears(model) if format is not None else ():
             patched.append((layer, layer.__dict__.get("forward")))
-            layer.forward = functools.partial(_fake_quant_linear, layer, format)
+            weight = _DeployedWeight.apply(layer.weight, format)
+            layer.forward = functools.partial(F.linear, weight=weight, bias=layer.bias)
         yield model
     finally:
         for layer, forward in patched:
@@ -332,10 +334,6 @@ class _DeployedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-def _fake_quant_linear(layer: nn.Linear, format: str, x: Tensor) -> Tensor:
-    return F.linear(x, _DeployedWeight.apply(layer.weight, format), layer.bias)
 
 
 def _deployed_linears(model: nn.Module) -> list[nn.Linear]:
