@@ -1,11 +1,16 @@
 """The command line end to end on a tiny random model, each command in a process of its own."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 
 
 def quail(*args, timeout=180):
@@ -61,6 +66,40 @@ def test_evaluate_scores_every_model_under_every_quantizer(tiny_checkpoint, unle
     assert len(results) == 6 and len([line for line in done.stdout.splitlines() if "bnb-" in line]) == 4
     plain = {r["model"]: r["forget"]["nll"] for r in results if r["quantizer"] == "none"}
     assert plain[str(unlearned)] > plain[str(tiny_checkpoint)]
+
+
+def test_demo_runs_on_another_model_and_refuses_to_run_over_itself(tiny_checkpoint, tmp_path):
+    done = quail("demo", "--model", tiny_checkpoint, "--out", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert len(report["cells"]) == 17 and len(report["runs"]) == 5
+    assert (tmp_path / "demo" / "report.md").read_text() in done.stdout
+    again = quail("demo", "--model", tiny_checkpoint, "--out", tmp_path / "demo")
+    assert again.returncode == 2 and "already holds something" in again.stderr
+    assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
+
+
+def test_an_interrupted_demo_leaves_nothing(tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "quail", "demo", "--model", str(tiny_checkpoint), "--out", str(tmp_path / "demo")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.readline() == "Loading the model\n"
+    while not (tmp_path / "demo" / "learned").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 130 and stderr.splitlines()[-1].startswith("quail: interrupted")
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="the TOFU set does not lie beside the checkout")
+def test_unlearn_and_evaluate_on_tofu(tiny_checkpoint, tmp_path):
+    sets = ("--forget", TOFU / "forget01_perturbed.json", "--retain", TOFU / "retain90.json")
+    small = ("--set", "max_steps=2", "--set", "per_device_train_batch_size=2")
+    done = quail("unlearn", "--model", tiny_checkpoint, *sets, "--out", tmp_path / "out", *small)
+    assert done.returncode == 0 and "Unlearned 40 examples in 2 steps" in done.stdout, done.stderr
+    done = quail("evaluate", tmp_path / "out", *sets, "--limit", 4, "--quantizers", "none,bnb-fp4")
+    assert done.returncode == 0 and len([line for line in done.stdout.splitlines() if "out |" in line]) == 2
 
 
 def bad_inputs(model, sets, tmp_path):
