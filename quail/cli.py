@@ -130,6 +130,7 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
     """QuailConfig's fields: our defaults, then the YAML file, then --set."""
     import dataclasses
 
+    import torch
     import yaml
 
     from .trainer import QuailConfig
@@ -137,6 +138,7 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
     settings = {
         "output_dir": scratch,
         "save_strategy": "no",
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "learning_rate": 1e-5,
         "num_train_epochs": 5,
     }

@@ -17,7 +17,6 @@ import platform
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -285,6 +284,7 @@ def _unlearn(upper: _UpperLayers, method: Method, claims: int, scratch: str, see
         per_device_train_batch_size=BATCH,
         bf16=_bf16_is_fast(),
         use_cpu=default_device().type == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
@@ -292,17 +292,15 @@ def _unlearn(upper: _UpperLayers, method: Method, claims: int, scratch: str, see
         **method.settings,
     )
     stop = _StopOnValidation(upper, upper.rows[:claims:2], method)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = QuailTrainer(
-            model=upper.model,
-            args=config,
-            train_dataset=UnlearningDataset(upper.rows[:claims], upper.rows[claims:], seed),
-            data_collator=UnlearningCollator(upper.pad_token_id),
-            callbacks=[stop],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    trainer = QuailTrainer(
+        model=upper.model,
+        args=config,
+        train_dataset=UnlearningDataset(upper.rows[:claims], upper.rows[claims:], seed),
+        data_collator=UnlearningCollator(upper.pad_token_id),
+        callbacks=[stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     if method.settings.get("fake_quant"):
         deploy_weights_(upper.model, method.settings["fake_quant"])
     return {"steps": trainer.state.global_step, "validation_exact": stop.exact}
