@@ -11,9 +11,7 @@ from quail.audit import IN_4_BITS, IN_16_BITS, ON_GRID, audit
 from quail_kernels import bucket_compare, fake_quant
 
 FORMATS = ("bnb-nf4", "bnb-fp4", "ct-int4-sym", "minmax-int4")
-LLAMA = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
-)
+LLAMA = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -26,9 +24,7 @@ def llama(tied=False):
 def gpt2():
     torch.manual_seed(0)
     special = dict(bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=32, **special)
-    )
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=32, **special))
 
 
 def update(model, size, only="", seed=1):
@@ -183,9 +179,7 @@ def test_conv1d_is_compared_as_deployments_store_it(tmp_path):
     update(gpt2(), 1e-3).save_pretrained(tmp_path / "after")
     report = audit(tmp_path / "before", tmp_path / "after", ["bnb-nf4"])
     name = "transformer.h.0.attn.c_attn.weight"
-    w_before, w_after = (
-        m.get_parameter(name).detach().bfloat16().t() for m in (gpt2(), update(gpt2(), 1e-3))
-    )
+    w_before, w_after = (m.get_parameter(name).detach().bfloat16().t() for m in (gpt2(), update(gpt2(), 1e-3)))
     row = next(row for row in report.tensors if row.name == name)
     assert row.figures.same_code == int(bucket_compare(w_before, w_after, "bnb-nf4").same_code)
     assert len(report.tensors) == 4
@@ -311,18 +305,14 @@ def test_a_wrong_shape_or_a_broken_weight_is_a_row_and_the_rest_goes_on(checkpoi
 
 def test_a_weight_that_overflows_in_fp16_is_left_out(checkpoints, edited):
     report = audit(checkpoints[0], edited(lambda t: t[DOWN].fill_(1e6)), ["bnb-nf4"], dtype="float16")
-    assert [row.reason for row in report.not_compared if row.name == DOWN] == [
-        "NaN or infinity in AFTER as float16"
-    ]
+    assert [row.reason for row in report.not_compared if row.name == DOWN] == ["NaN or infinity in AFTER as float16"]
 
 
 def test_json_is_valid_and_complete(report):
     read = json.loads(report.to_json())
     assert read["schema"] == 1
     assert list(read["formats"]) == list(FORMATS)
-    assert len(read["tensors"]) == len(report.tensors) and len(read["not_compared"]) == len(
-        report.not_compared
-    )
+    assert len(read["tensors"]) == len(report.tensors) and len(read["not_compared"]) == len(report.not_compared)
     assert read["formats"]["bnb-nf4"]["figures"]["changed"] == report.formats["bnb-nf4"].figures.changed
     assert read["verdict"] == report.verdict
 
@@ -353,9 +343,7 @@ def test_two_architectures_have_nothing_in_common(checkpoints, tmp_path):
 
 
 def test_shapes_that_differ_everywhere_are_refused(checkpoints, tmp_path):
-    LlamaForCausalLM(LlamaConfig(**LLAMA | dict(hidden_size=32, intermediate_size=64))).save_pretrained(
-        tmp_path
-    )
+    LlamaForCausalLM(LlamaConfig(**LLAMA | dict(hidden_size=32, intermediate_size=64))).save_pretrained(tmp_path)
     assert "shape [" in refuse(checkpoints[0], tmp_path)
 
 

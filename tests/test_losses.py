@@ -6,44 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import VOCAB, llama, rows
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from quail import losses
 from quail.data import collate
 from quail.references import AdapterOffReference, FrozenReference, make_reference
 from quail_kernels import fake_quant, logit_margin_hinge
 
-VOCAB = 128
-
-
-def llama(seed=0, **options):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **options,
-    )
-    return LlamaForCausalLM(config)
-
 
 def gpt2(seed=0):
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     return GPT2LMHeadModel(config).eval()
-
-
-def rows(lengths, seed=0):
-    """One encoded row for each (prompt length, answer length)."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for prompt, answer in lengths:
-        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return made
 
 
 @pytest.fixture

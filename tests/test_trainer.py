@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from tiny import llama, rows
+from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from quail import losses
@@ -18,32 +19,8 @@ from quail.references import AdapterOffReference
 from quail.trainer import QuailConfig, QuailTrainer, deploy_weights_, fake_quantized
 from quail_kernels import fake_quant
 
-VOCAB = 128
 FORGET_LENGTHS = [(4, 3), (6, 1), (2, 7), (0, 4)]
 RETAIN_LENGTHS = [(3, 2), (5, 6), (1, 9), (2, 2)]
-
-
-def llama(seed=0, **options):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        **options,
-    )
-    return LlamaForCausalLM(config)
-
-
-def rows(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for prompt, answer in lengths:
-        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return made
 
 
 FORGET, RETAIN = rows(FORGET_LENGTHS), rows(RETAIN_LENGTHS, seed=1)

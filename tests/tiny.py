@@ -1,0 +1,30 @@
+"""What several test files train and measure on: a random two-layer Llama, and encoded rows of random tokens."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 128
+
+
+def llama(seed=0, **options):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(lengths, seed=0):
+    """One encoded row for each (prompt length, answer length)."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for prompt, answer in lengths:
+        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
