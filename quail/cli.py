@@ -123,7 +123,8 @@ def _unlearn_into(args, scratch: str) -> None:
         deploy_weights_(model, config.fake_quant)
     dtype = getattr(torch, args.dtype) if args.dtype else stored
     save_checkpoint(model.cpu(), tokenizer, out, dtype)
-    print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps; saved {out} in {dtype}.")
+    hinge = f"hinge margin {trainer.hinge_margin:.4g}" if config.gamma else "no hinge"
+    print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps ({hinge}); saved {out} in {dtype}.")
 
 
 def _settings(args, scratch: str, has_retain: bool) -> dict:

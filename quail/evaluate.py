@@ -1,11 +1,12 @@
 """What a deployed checkpoint still says: likelihood, greedy answers and general perplexity."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Example, collate, encode
@@ -87,13 +88,13 @@ def score_answers(
     *,
     batch_size: int = 64,
     max_length: int = 512,
-    progress: Callable = lambda batches: batches,
 ) -> list[Answer]:
     """Each example's answer, by teacher forcing (NLL) and by greedy decoding (ROUGE-L recall, exact match).
 
     Decoding is given as many tokens as the expected answer has and four more. ROUGE-L is the rouge-score package's,
     stemmed, as TOFU has it (https://arxiv.org/abs/2401.06121). Exact: the same words, case and punctuation, white
-    space at the ends apart. Raises ValueError where there is no example.
+    space at the ends apart. Answers of one example can differ in its last words with the batch it is in, as bf16
+    sums do. Raises ValueError where there is no example.
     """
     if not examples:
         raise ValueError("examples: expected at least one; got none")
@@ -101,7 +102,7 @@ def score_answers(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     answers: list[Answer | None] = [None] * len(rows)
-    for start in progress(range(0, len(order), batch_size)):
+    for start in tqdm(range(0, len(order), batch_size), desc="Answers", unit="batch", leave=False, disable=None):
         indices = order[start : start + batch_size]
         nlls = _answer_nll(model, [rows[i] for i in indices], tokenizer.pad_token_id)
         said = _greedy(model, tokenizer, [rows[i] for i in indices])
