@@ -139,6 +139,7 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
     settings = {
         "output_dir": scratch,
         "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "learning_rate": 1e-5,
         "num_train_epochs": 5,
@@ -158,10 +159,13 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
         if not equals:
             raise ValueError(f"--set: expected FIELD=VALUE; got {pair!r}")
         settings[field] = _number(yaml.safe_load(value))
-    known = {field.name for field in dataclasses.fields(QuailConfig) if field.init}
-    for field in settings:
+    known = {field.name: field.type for field in dataclasses.fields(QuailConfig) if field.init}
+    for field, value in settings.items():
         if field not in known:
             raise ValueError(f"{field}: expected a field of QuailConfig or TrainingArguments; got {field!r}")
+        kind = known[field]
+        if kind in (bool, int, float) and type(value) not in {bool: (bool,), int: (int,), float: (int, float)}[kind]:
+            raise ValueError(f"{field}: expected {kind.__name__}; got {value!r}")
     return settings
 
 
@@ -199,7 +203,7 @@ def _evaluate(args) -> None:
     from .models import QUANTIZERS, load_deployed, load_tokenizer
 
     quantizers = _names(args.quantizers)
-    for quantizer in quantizers:
+    for quantizer in quantizers or ("",):
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizers: expected some of {', '.join(QUANTIZERS)}; got {quantizer!r}")
     forget = load_examples(args.forget)[: args.limit]

@@ -116,6 +116,8 @@ def bad_inputs(model, sets, tmp_path):
         "broken file": ((*unlearn, "--forget", tmp_path / "broken.json"), "expected a JSON array"),
         "missing file": ((*unlearn, "--forget", tmp_path / "none.json"), "No such file"),
         "unknown loss": ((*unlearn, "--forget", forget, "--set", "forget_loss=sgd"), "forget_loss"),
+        "wrong type": ((*unlearn, "--forget", forget, "--set", "learning_rate=fast"), "learning_rate: expected float"),
+        "no quantizer": (("evaluate", model, "--forget", forget, "--quantizers", ","), "expected some of"),
         "unknown field": ((*unlearn, "--forget", forget, "--set", "colour=red"), "colour"),
         "no such model": (("evaluate", tmp_path / "none", "--forget", forget), "expected"),
         "OUT taken": (
@@ -127,7 +129,15 @@ def bad_inputs(model, sets, tmp_path):
 
 
 CASES = ("unknown format", "no safetensors", "empty forget set", "broken file", "missing file")
-CASES += ("unknown loss", "unknown field", "no such model", "OUT taken", "unknown command")
+CASES += (
+    "unknown loss",
+    "wrong type",
+    "no quantizer",
+    "unknown field",
+    "no such model",
+    "OUT taken",
+    "unknown command",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
