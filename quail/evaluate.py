@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Example, collate, encode
+from .data import IGNORE_INDEX, Example, collate, encode
 from .losses import answer_logits, answer_tokens, token_log_probs
 
 
@@ -91,10 +91,11 @@ def score_answers(
 ) -> list[Answer]:
     """Each example's answer, by teacher forcing (NLL) and by greedy decoding (ROUGE-L recall, exact match).
 
-    Decoding is given as many tokens as the expected answer has and four more. ROUGE-L is the rouge-score package's,
-    stemmed, as TOFU has it (https://arxiv.org/abs/2401.06121). Exact: the same words, case and punctuation, white
-    space at the ends apart. Answers of one example can differ in its last words with the batch it is in, as bf16
-    sums do. Raises ValueError where there is no example.
+    What is expected is the completion's tokens, decoded; of a text without a prompt, those after the first. Decoding
+    is given as many tokens as the longest expected answer of its batch has, the end included. ROUGE-L is the
+    rouge-score package's, stemmed, as TOFU has it (https://arxiv.org/abs/2401.06121). Exact: the same words, case and
+    punctuation, white space at the ends apart. In bf16 an answer can change with the batch that it is in, as sums do.
+    Raises ValueError where there is no example.
     """
     if not examples:
         raise ValueError("examples: expected at least one; got none")
@@ -104,10 +105,13 @@ def score_answers(
     answers: list[Answer | None] = [None] * len(rows)
     for start in tqdm(range(0, len(order), batch_size), desc="Answers", unit="batch", leave=False, disable=None):
         indices = order[start : start + batch_size]
-        nlls = _answer_nll(model, [rows[i] for i in indices], tokenizer.pad_token_id)
-        said = _greedy(model, tokenizer, [rows[i] for i in indices])
-        for i, nll, text in zip(indices, nlls, said, strict=True):
-            expected, text = examples[i].completion.strip(), text.strip()
+        nlls, foreseen = _teacher_forced(model, [rows[i] for i in indices], tokenizer.pad_token_id)
+        # Where every token of the answer is the first choice after those before it, greedy decoding says just that.
+        open_ones = [i for i, known in zip(indices, foreseen, strict=True) if not known]
+        said = dict(zip(open_ones, _greedy(model, tokenizer, [rows[i] for i in open_ones]), strict=True))
+        for i, nll in zip(indices, nlls, strict=True):
+            expected = _decode(tokenizer, [_completion(rows[i])])[0]
+            text = said.get(i, expected)
             recall = rouge.score(expected, text)["rougeL"].recall
             answers[i] = Answer(examples[i].prompt, expected, text, nll, recall, text == expected)
     return answers
@@ -128,30 +132,39 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     return float(torch.tensor(total / count).exp())
 
 
-def _answer_nll(model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int) -> list[float]:
+def _teacher_forced(model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int) -> tuple[list[float], list[bool]]:
+    """Each row's NLL per answer token, and whether every one of these tokens is the model's first choice."""
     batch = {key: _to(value, model.device) for key, value in collate(rows, pad_token_id).items()}
     logits, labels = answer_logits(model, batch)
-    per_row = [answer_tokens(row) for row in labels]
-    return (-token_log_probs(logits, labels).sum(-1) / torch.stack(per_row)).tolist()
+    counts = torch.stack([answer_tokens(row) for row in labels])
+    first_choice = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(-1)
+    return (-token_log_probs(logits, labels).sum(-1) / counts).tolist(), first_choice.tolist()
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]) -> list[str]:
-    prompts = [[t for t, label in zip(r["input_ids"], r["labels"], strict=True) if label == -100] for r in rows]
-    prompts = [prompt or row["input_ids"][:1] for prompt, row in zip(prompts, rows, strict=True)]
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    room = max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, prompts, strict=True)) + 4
+    if not rows:
+        return []
+    completions = [_completion(row) for row in rows]
+    prompts = [row["input_ids"][: len(row["input_ids"]) - len(c)] for row, c in zip(rows, completions, strict=True)]
+    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
     out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=room,
+        input_ids=torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device),
+        max_new_tokens=max(map(len, completions)),
         do_sample=False,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return _decode(tokenizer, out[:, longest:])
+
+
+def _completion(row: dict) -> list[int]:
+    """The tokens that are to be said; a text without a prompt keeps its first token as one."""
+    return [token for token, label in zip(row["input_ids"][1:], row["labels"][1:], strict=True) if label >= 0]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def _to(value, device: torch.device):

@@ -52,27 +52,29 @@ def closing(report: dict) -> str:
     """What the figures say, in words, by fixed rules.
 
     Knowledge *came back* where a 4-bit deployment's exact match on the claims is more than 0.1 above the unlearned
-    checkpoint's own in bf16; the hinge *helped* where, beside the same method without it, less than that came back.
+    checkpoint's own in bf16; the hinge *helped* where, beside the same method without it, the worst 4-bit deployment
+    says more than 0.1 less of them.
     """
     sentences = []
     exact = {(c["model"], c["quantizer"]): c["forget"]["exact"] for c in report["cells"]}
-    back = {}
+    deployed = {}
     for run in report["runs"]:
         folder = run["folder"]
         plain = exact[folder, "none"]
         worst, quantizer = max((exact[folder, q], q) for q in PRECISIONS if q != "none" and (folder, q) in exact)
-        back[folder] = worst - plain
+        deployed[folder] = worst
         said = "came back" if worst - plain > _CAME_BACK else "did not come back"
         sentences.append(
             f"- {run['situation']}, {run['title']}: the claims {said} in 4 bits "
             f"(exact match {plain:.2f} in bf16, {worst:.2f} in {PRECISIONS[quantizer]})."
         )
     for prefix, situation in (("16bit", "shipped in 16 bits"), ("nf4", "shipped in NF4")):
-        gain = back[f"{prefix}-ga"] - back[f"{prefix}-ga-hinge"]
+        without, with_hinge = deployed[f"{prefix}-ga"], deployed[f"{prefix}-ga-hinge"]
+        gain = without - with_hinge
         said = "helped" if gain > _HELPED else "made it worse" if gain < -_HELPED else "made no difference"
         sentences.append(
-            f"- {situation}: the hinge {said} (came back without it {back[f'{prefix}-ga']:+.2f}, "
-            f"with it {back[f'{prefix}-ga-hinge']:+.2f})."
+            f"- {situation}: the hinge {said} "
+            f"(worst exact match in 4 bits {without:.2f} without it, {with_hinge:.2f} with it)."
         )
     return "\n".join(sentences)
 

@@ -72,7 +72,7 @@ def test_demo_runs_on_another_model_and_refuses_to_run_over_itself(tiny_checkpoi
     done = quail("demo", "--model", tiny_checkpoint, "--out", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert len(report["cells"]) == 17 and len(report["runs"]) == 5
+    assert len(report["cells"]) == 21 and len(report["runs"]) == 5
     assert (tmp_path / "demo" / "report.md").read_text() in done.stdout
     again = quail("demo", "--model", tiny_checkpoint, "--out", tmp_path / "demo")
     assert again.returncode == 2 and "already holds something" in again.stderr

@@ -1,13 +1,15 @@
 """Scores against direct computations, on a tiny random model and as deployed by bitsandbytes."""
 
+import copy
 import math
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from quail.data import Example, encode
-from quail.evaluate import perplexity, score_answers
+from quail import losses
+from quail.data import Example, collate, encode
+from quail.evaluate import _greedy, _teacher_forced, perplexity, score_answers
 from quail.models import load_deployed, load_for_training, load_tokenizer, save_checkpoint
 from quail_kernels import fake_quant
 
@@ -48,9 +50,24 @@ def test_a_model_that_says_the_answer_scores_one(deployed, monkeypatch):
     assert answer.exact and answer.rouge_l == 1.0
 
 
+def test_what_is_foreseen_is_what_greedy_decoding_says(deployed):
+    model, tokenizer = copy.deepcopy(deployed[0]), deployed[1]
+    rows = encode(EXAMPLES, tokenizer)
+    assert _teacher_forced(model, rows, tokenizer.pad_token_id)[1] == [False, False]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        losses.nll(*losses.answer_logits(model, collate(rows[:1], tokenizer.pad_token_id))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert _teacher_forced(model, rows[:1], tokenizer.pad_token_id)[1] == [True]
+    (answer,) = score_answers(model, tokenizer, EXAMPLES[:1])
+    assert answer.exact and answer.rouge_l == 1.0
+    assert _greedy(model, tokenizer, rows[:1]) == [answer.said] == ["b c d"]
+
+
 def test_rouge_recall_counts_the_longest_common_subsequence(deployed, monkeypatch):
     model, tokenizer = deployed
-    monkeypatch.setattr(tokenizer, "batch_decode", lambda *a, **k: ["b x d"])
+    monkeypatch.setattr("quail.evaluate._greedy", lambda *args: ["b x d"])
     (answer,) = score_answers(model, tokenizer, EXAMPLES[:1])
     assert answer.rouge_l == pytest.approx(2 / 3) and not answer.exact
 
