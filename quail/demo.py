@@ -38,7 +38,7 @@ from .trainer import QuailConfig, QuailTrainer, deploy_weights_, fake_quantized
 UPPER_LAYERS = 10
 REPORTED_FACTS = 12
 PERPLEXITY_CHARACTERS = 1600
-BATCH = 12
+BATCH = 8
 LEARN = {"lr": 8e-4, "epochs": 4, "batch": 32}
 # Chosen on the validation half only: the hinge in the form that a shift of all logits cannot satisfy.
 HINGE = {
