@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quail_kernels.formats import check_weight, fit_tensor, get_format, group_chunks
+from quail_kernels.formats import check_weight, get_format, group_chunks
 
 from .data import IGNORE_INDEX
 
@@ -106,9 +106,9 @@ def mean_step(w: Tensor, format: str, group_size: int | None = None) -> float:
     recipe = get_format(format, group_size)
     check_weight("w", w, recipe)
     flat = w.reshape(-1)
-    whole, total = fit_tensor(flat, recipe), 0.0
+    of_tensor, total = recipe.fit_tensor(flat), 0.0
     for _, _, x, short in group_chunks(flat, recipe):
-        params = recipe.fit(x, short) if whole is None else whole
+        params = recipe.params(x, short, of_tensor)
         total += recipe.step(recipe.rank(x, params, short), params).double().sum().item()
     return total / max(flat.numel(), 1)
 

@@ -12,4 +12,19 @@ except ImportError:
     triton = SimpleNamespace(jit=lambda fn: fn)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-__all__ = ["tl", "triton"]
+__all__ = ["abs_bits", "round_half_to_even", "tl", "triton"]
+
+
+@triton.jit
+def abs_bits(x):
+    """|x| as an integer of the same order, where NaN is above infinity: a maximum over it loses no NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def round_half_to_even(x):
+    """fp32 to a whole number, exact for |x| < 2^22: Triton has no portable rint.
+
+    Adding 1.5 * 2^23 leaves no bits below 1, rounded half to even.
+    """
+    return (x + 12582912.0) - 12582912.0

@@ -27,14 +27,9 @@ from typing import Literal
 
 import torch
 
-from ._triton import tl, triton
-from .formats import (
-    Format,
-    abs_bits,
-    check_weight,
-    fit_tensor,
-    get_format,
-    group_chunks,
+from ._triton import abs_bits, tl, triton
+from .formats import Format, check_weight, get_format, group_chunks
+from .formats.tiles import (
     launch_options,
     tile_constants,
     tile_entry,
@@ -163,16 +158,13 @@ def _bucket_compare_torch(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     group_same = torch.zeros(recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device)
     bucket_by_rank = torch.tensor(recipe.buckets, dtype=torch.int32, device=device)
-    grid_before = fit_tensor(before, recipe)
-    grid_after = grid_before if shared_scales else fit_tensor(after, recipe)
+    of_before = recipe.fit_tensor(before)
+    of_after = of_before if shared_scales else recipe.fit_tensor(after)
     nonzero = torch.zeros((), dtype=torch.bool, device=device)
     for span, groups, x, short in group_chunks(before, recipe):
         y = after[span].view(x.shape)
-        params = recipe.fit(x, short) if grid_before is None else grid_before
-        if grid_after is not None:
-            y_params = grid_after
-        else:
-            y_params = params if shared_scales else recipe.fit(y, short)
+        params = recipe.params(x, short, of_before)
+        y_params = params if shared_scales else recipe.params(y, short, of_after)
         rank, y_rank = recipe.rank(x, params, short), recipe.rank(y, y_params, short)
         distance = (bucket_by_rank[y_rank] - bucket_by_rank[rank]).abs()
         value = recipe.value(rank, params).to(x.dtype)
@@ -205,18 +197,18 @@ def _bucket_compare_fwd_kernel(
     row_same_ptr,
     before_ptr,
     after_ptr,
-    tensor_params_before_ptr,
-    tensor_params_after_ptr,
+    of_before_ptr,
+    of_after_ptr,
     n,
     KIND: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    ZERO_SCALE: tl.constexpr,
+    RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     LEVELS: tl.constexpr,
     BUCKETS: tl.constexpr,
     WIDTHS: tl.constexpr,
     SHARED_SCALES: tl.constexpr,
     PER_GROUP: tl.constexpr,
+    NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -229,21 +221,23 @@ def _bucket_compare_fwd_kernel(
     x = tl.load(before_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(after_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
-        scale, low = tl.load(tensor_params_before_ptr), tl.load(tensor_params_before_ptr + 1)
-        y_scale, y_low = tl.load(tensor_params_after_ptr), tl.load(tensor_params_after_ptr + 1)
+        scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
+        y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
     else:
-        scale, low = tile_fit(x, mask, short, dtype, KIND, DIVISOR, ZERO_SCALE)
+        of_before = tl.load(of_before_ptr) if NEEDS_TENSOR else 0.0
+        scale, aux = tile_fit(x, mask, short, of_before, dtype, KIND, RULE)
         if SHARED_SCALES:
-            y_scale, y_low = scale, low
+            y_scale, y_aux = scale, aux
         else:
-            y_scale, y_low = tile_fit(y, mask, short, dtype, KIND, DIVISOR, ZERO_SCALE)
-    pos = tile_position(x, scale, low, short, dtype, KIND, HAS_SHORT)
-    y_pos = tile_position(y, y_scale, y_low, short, dtype, KIND, HAS_SHORT)
+            of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
+            y_scale, y_aux = tile_fit(y, mask, short, of_after, dtype, KIND, RULE)
+    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
+    y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
 
     distance = tl.abs(tile_entry(y_pos, KIND, THRESHOLDS, BUCKETS) - tile_entry(pos, KIND, THRESHOLDS, BUCKETS))
-    value = tile_value(pos, scale, low, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-    y_value = tile_value(y_pos, y_scale, y_low, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-    step = tile_step(pos, scale, KIND, THRESHOLDS, WIDTHS)
+    value = tile_value(pos, scale, aux, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+    y_value = tile_value(y_pos, y_scale, y_aux, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+    step = tile_step(pos, scale, aux, KIND, THRESHOLDS, WIDTHS)
     change = tl.abs(y - x)
     ratio = tl.div_rn(change, step)
     flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
@@ -293,7 +287,7 @@ def _bucket_compare_triton(
     counts = torch.empty(programs, len(_COUNTS) + _BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     row_same = torch.empty(rows if per_group else 0, dtype=torch.int32, device=device)
-    grid_before = fit_tensor(before, recipe)
+    of_before = recipe.fit_tensor(before)
     with torch.cuda.device_of(before):
         _bucket_compare_fwd_kernel[(programs,)](
             counts,
@@ -301,12 +295,12 @@ def _bucket_compare_triton(
             row_same,
             before,
             after,
-            grid_before,
-            grid_before if shared_scales else fit_tensor(after, recipe),
+            of_before,
+            of_before if shared_scales else recipe.fit_tensor(after),
             n,
             LEVELS=recipe.levels,
             BUCKETS=recipe.buckets,
-            WIDTHS=recipe.widths if recipe.kind == "codebook" else (),
+            WIDTHS=recipe.widths,
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,
             **constants,

@@ -19,36 +19,27 @@ import math
 import torch
 
 from ._triton import tl, triton
-from .formats import (
-    WEIGHT_DTYPES,
-    Format,
-    check_shape,
-    check_weight,
-    fit_tensor,
-    get_format,
-    group_chunks,
+from .formats import WEIGHT_DTYPES, Format, check_shape, check_weight, get_format, group_chunks
+from .formats.tiles import (
     launch_options,
     tile_constants,
     tile_entry,
     tile_fit,
     tile_offsets,
     tile_position,
+    tile_scaled,
     tile_value,
 )
 
 _TILE = 2048
 
 
-def _params_shape(recipe: Format, n: int) -> tuple[int, ...]:
-    return (recipe.groups(n), 2) if recipe.affine else (recipe.groups(n),)
-
-
 def _fake_quant_torch(w: torch.Tensor, recipe: Format) -> torch.Tensor:
     flat = w.reshape(-1)
     w_q = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    of_tensor = fit_tensor(flat, recipe)
+    of_tensor = recipe.fit_tensor(flat)
     for span, _, x, short in group_chunks(flat, recipe):
-        params = recipe.fit(x, short) if of_tensor is None else of_tensor
+        params = recipe.params(x, short, of_tensor)
         w_q.view(-1)[span] = recipe.value(recipe.rank(x, params, short), params).view(-1)
     return w_q
 
@@ -56,12 +47,12 @@ def _fake_quant_torch(w: torch.Tensor, recipe: Format) -> torch.Tensor:
 def _quantize_torch(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
     flat = w.reshape(-1)
     n = flat.numel()
-    of_tensor = fit_tensor(flat, recipe)
+    of_tensor = recipe.fit_tensor(flat)
     codes = torch.full((n + n % 2,), recipe.pad_code, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(_params_shape(recipe, n), dtype=recipe.params_dtype(w.dtype), device=w.device)
+    scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     code_by_rank = torch.tensor(recipe.codes, dtype=torch.uint8, device=w.device)
     for span, groups, x, short in group_chunks(flat, recipe):
-        params = recipe.fit(x, short) if of_tensor is None else of_tensor
+        params = recipe.params(x, short, of_tensor)
         scales[groups] = params
         codes[span] = code_by_rank[recipe.rank(x, params, short)].view(-1)
     return codes[0::2] << 4 | codes[1::2], scales
@@ -83,13 +74,13 @@ def _dequantize_torch(
 def _fake_quant_fwd_kernel(
     w_q_ptr,
     w_ptr,
-    tensor_params_ptr,
+    of_tensor_ptr,
     n,
     KIND: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    ZERO_SCALE: tl.constexpr,
+    RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     LEVELS: tl.constexpr,
+    NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -101,11 +92,12 @@ def _fake_quant_fwd_kernel(
     short = (group + 1) * GROUP_SIZE > n
     x = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
-        scale, low = tl.load(tensor_params_ptr), tl.load(tensor_params_ptr + 1)
+        scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
-        scale, low = tile_fit(x, mask, short, dtype, KIND, DIVISOR, ZERO_SCALE)
-    pos = tile_position(x, scale, low, short, dtype, KIND, HAS_SHORT)
-    w_q = tile_value(pos, scale, low, KIND, THRESHOLDS, LEVELS)
+        of_tensor = tl.load(of_tensor_ptr) if NEEDS_TENSOR else 0.0
+        scale, aux = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE)
+    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
+    w_q = tile_value(pos, scale, aux, KIND, THRESHOLDS, LEVELS)
     tl.store(w_q_ptr + offsets, w_q.to(dtype), mask=mask)
 
 
@@ -114,14 +106,15 @@ def _quantize_fwd_kernel(
     codes_ptr,
     scales_ptr,
     w_ptr,
-    tensor_params_ptr,
+    of_tensor_ptr,
     n,
     KIND: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    ZERO_SCALE: tl.constexpr,
+    RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     CODES: tl.constexpr,
+    N_PARAMS: tl.constexpr,
     PAD_CODE: tl.constexpr,
+    NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -133,16 +126,15 @@ def _quantize_fwd_kernel(
     short = (group + 1) * GROUP_SIZE > n
     x = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
-        scale, low = tl.load(tensor_params_ptr), tl.load(tensor_params_ptr + 1)
+        scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
-        scale, low = tile_fit(x, mask, short, dtype, KIND, DIVISOR, ZERO_SCALE)
+        of_tensor = tl.load(of_tensor_ptr) if NEEDS_TENSOR else 0.0
+        scale, aux = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE)
         is_group = group * GROUP_SIZE < n
-        if KIND == "minmax":
-            tl.store(scales_ptr + 2 * group, scale, mask=is_group)
-            tl.store(scales_ptr + 2 * group + 1, low, mask=is_group)
-        else:
-            tl.store(scales_ptr + group, scale.to(scales_ptr.dtype.element_ty), mask=is_group)
-    pos = tile_position(x, scale, low, short, dtype, KIND, HAS_SHORT)
+        tl.store(scales_ptr + N_PARAMS * group, scale.to(scales_ptr.dtype.element_ty), mask=is_group)
+        if N_PARAMS == 2:
+            tl.store(scales_ptr + 2 * group + 1, aux.to(scales_ptr.dtype.element_ty), mask=is_group)
+    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
     code = tl.where(mask, tile_entry(pos, KIND, THRESHOLDS, CODES), PAD_CODE)
     high, low_nibble = tl.split(code.reshape(BLOCK_GROUPS, BLOCK_SIZE // 2, 2))
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
@@ -159,6 +151,7 @@ def _dequantize_fwd_kernel(
     n,
     KIND: tl.constexpr,
     LEVELS_BY_CODE: tl.constexpr,
+    N_PARAMS: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -176,12 +169,9 @@ def _dequantize_fwd_kernel(
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
-    if KIND == "minmax":
-        scale = tl.load(scales_ptr + 2 * group, mask=is_group, other=0.0)
-        w_q = tl.load(scales_ptr + 2 * group + 1, mask=is_group, other=0.0) + level * scale
-    else:
-        scale = tl.load(scales_ptr + group, mask=is_group, other=0.0)
-        w_q = (level * scale.to(tl.float32)).to(scale.dtype).to(tl.float32)
+    scale = tl.load(scales_ptr + N_PARAMS * group, mask=is_group, other=0.0)
+    aux = tl.load(scales_ptr + 2 * group + 1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
+    w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND).to(scale.dtype)
     tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty), mask=mask)
 
 
@@ -199,7 +189,7 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
         _fake_quant_fwd_kernel[_programs(w.numel(), constants)](
             w_q,
             w,
-            fit_tensor(w.view(-1), recipe),
+            recipe.fit_tensor(w.view(-1)),
             w.numel(),
             LEVELS=recipe.levels,
             **constants,
@@ -212,10 +202,11 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
     w = w.contiguous()
     n = w.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    of_tensor = recipe.fit_tensor(w.view(-1))
     if recipe.group_size is None and n:
-        scales = fit_tensor(w.view(-1), recipe)
+        scales = of_tensor
     else:
-        scales = torch.empty(_params_shape(recipe, n), dtype=recipe.params_dtype(w.dtype), device=w.device)
+        scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     if not n:
         return codes, scales
     constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile)
@@ -224,9 +215,10 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
             codes,
             scales,
             w,
-            scales,
+            of_tensor,
             n,
             CODES=recipe.codes,
+            N_PARAMS=recipe.n_params,
             PAD_CODE=recipe.pad_code,
             **constants,
             **launch_options(constants),
@@ -255,6 +247,7 @@ def _dequantize_triton(
             scales.contiguous(),
             w_q.numel(),
             KIND=recipe.kind,
+            N_PARAMS=recipe.n_params,
             LEVELS_BY_CODE=tuple(recipe.levels[recipe.codes.index(code)] for code in range(16)),
             **constants,
             **options,
@@ -294,7 +287,7 @@ def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tenso
 def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     recipe = get_format(format, group_size)
     codes = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    return codes, w.new_empty(_params_shape(recipe, w.numel()), dtype=recipe.params_dtype(w.dtype))
+    return codes, w.new_empty(recipe.params_shape(w.numel()), dtype=recipe.params_dtype(w.dtype))
 
 
 @torch.library.custom_op("quail::dequantize", mutates_args=(), device_types="cpu")
@@ -392,7 +385,7 @@ def dequantize(
     if codes.dtype != torch.uint8 or codes.shape != ((n + 1) // 2,):
         got = f"{codes.dtype} {list(codes.shape)}"
         raise ValueError(f"codes: expected torch.uint8 [{(n + 1) // 2}] for shape {tuple(shape)}; got {got}")
-    if scales.dtype not in WEIGHT_DTYPES or scales.shape != _params_shape(recipe, n):
-        expected = f"floating-point {list(_params_shape(recipe, n))} for {n} weights in {recipe}"
+    if scales.dtype not in WEIGHT_DTYPES or scales.shape != recipe.params_shape(n):
+        expected = f"floating-point {list(recipe.params_shape(n))} for {n} weights in {recipe}"
         raise ValueError(f"scales: expected {expected}; got {scales.dtype} {list(scales.shape)}")
     return _dequantize_op(codes.detach(), scales.detach(), format, group_size, shape, dtype)

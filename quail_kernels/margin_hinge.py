@@ -26,8 +26,7 @@ from typing import Literal
 
 import torch
 
-from ._triton import tl, triton
-from .formats import abs_bits
+from ._triton import abs_bits, tl, triton
 
 NORMS = ("per_logit", "l2", "linf", "label")
 SPACES = ("logits", "log_probs")

@@ -5,26 +5,23 @@ import importlib
 import pytest
 import torch
 
+from quail_kernels import formats
 from quail_kernels.formats import WEIGHT_DTYPES, get_format
 
 fake_quant = importlib.import_module("quail_kernels.fake_quant")
 bucket_compare = importlib.import_module("quail_kernels.bucket_compare")
 
 DTYPES = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
-FORMATS = pytest.mark.parametrize(
-    "format",
-    [
-        *("bnb-nf4", "bnb-nf4@32", "bnb-nf4@4096", "bnb-fp4", "bnb-fp4@256"),
-        *(
-            "ct-int4-sym",
-            "ct-int4-sym@96",
-            "ct-int4-sym@8",
-            "minmax-int4",
-            "minmax-int4@96",
-            "minmax-int4@128",
-        ),
-    ],
-)
+SIZES = [
+    "bnb-nf4@32",
+    "bnb-nf4@4096",
+    "bnb-fp4@256",
+    "ct-int4-sym@96",
+    "ct-int4-sym@8",
+    "minmax-int4@96",
+    "minmax-int4@128",
+]
+FORMATS = pytest.mark.parametrize("format", [*formats.FORMATS, *SIZES])
 TILE = 16384  # large tiles, small grids: the interpreter's cost is per program
 SHAPES = [(48, 768), (3, 5, 384)]
 

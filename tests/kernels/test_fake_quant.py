@@ -165,7 +165,7 @@ def test_round_trip(case):
         if not group.numel():
             continue
         group, group_q = group.double(), group_q.double()
-        reach = group.max() - group.min() if recipe.affine else group.abs().max()
+        reach = group.max() - group.min() if recipe.n_params == 2 else group.abs().max()
         # Half the widest bucket: NF4 0.152, FP4 1/6, int4 1/15 of absmax, min-max 1/32 of the range.
         widest = {"bnb-nf4": 0.152, "bnb-fp4": 0.1667, "ct-int4-sym": 1 / 15, "minmax-int4": 1 / 32}[recipe.name]
         rounding = torch.finfo(w.dtype).eps * group.abs().max() + torch.finfo(w.dtype).tiny

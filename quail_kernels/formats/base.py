@@ -1,0 +1,124 @@
+"""What every recipe has, and how a tensor is cut into groups."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW_SIZES = range(8, 4097, 8)
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Format:
+    """What every recipe has; ``group_size`` None means one group for the whole tensor.
+
+    A subclass is a rule for the arithmetic. Its methods are the PyTorch reference, with groups as rows: x is
+    [groups, group_size] in the model's dtype, ``short`` says that it is the one short group at the tensor's
+    end, ``of_tensor`` is what ``fit_tensor`` gave for the whole of it.
+
+    ``fit(x, short, of_tensor)``  the parameters, [groups], or [groups, 2] where ``n_params`` is 2
+    ``rank(x, params, short)``    the bucket's place on the number line, 0 to 15
+    ``value(rank, params)``       what the bucket dequantizes to, before the cast to the model's dtype
+    ``step(rank, params)``        the width of the bucket, fp32
+    ``kernel_rule(dtype)``        the constants that the tile functions of the rule's kind are given
+
+    ``rank`` takes the parameters as ``fit`` gives them, ``value`` and ``step`` also as they are stored, in
+    ``params_dtype``.
+    """
+
+    name: str
+    group_size: int | None
+    legal_group_sizes: tuple[int, ...] | range
+    groups_divide_last_dim: bool
+
+    kind = ""
+    n_params = 1
+    needs_tensor = False  # whether fit looks at of_tensor
+    thresholds = ()  # between ranks, on the scale of a weight's position; () where buckets are uniform
+    widths = ()  # by rank, as many as levels, where thresholds are
+    pad_code = 0
+    codes = tuple(range(16))  # by rank: what is stored
+    buckets = tuple(range(16))  # by rank: two ranks of one value are one bucket
+
+    def __str__(self) -> str:
+        return self.name if self.group_size is None else f"{self.name}@{self.group_size}"
+
+    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def groups(self, n: int) -> int:
+        """How many groups n weights make."""
+        return min(n, 1) if self.group_size is None else -(-n // self.group_size)
+
+    def params_shape(self, n: int) -> tuple[int, ...]:
+        return (self.groups(n), self.n_params) if self.n_params > 1 else (self.groups(n),)
+
+    def fit_tensor(self, flat: torch.Tensor) -> torch.Tensor | None:
+        """What groups need to know of the whole tensor: for a whole-tensor group its parameters, else None."""
+        return self.fit(flat.view(1, -1), False, None) if self.group_size is None and flat.numel() else None
+
+    def params(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
+        """The parameters of these groups, which are pieces of one where it is the whole tensor."""
+        return of_tensor if self.group_size is None else self.fit(x, short, of_tensor)
+
+    def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
+        return ()
+
+    def kernel_constants(self, dtype: torch.dtype) -> dict:
+        return {
+            "KIND": self.kind,
+            "RULE": self.kernel_rule(dtype),
+            "THRESHOLDS": self.thresholds,
+            "NEEDS_TENSOR": self.needs_tensor,
+        }
+
+
+def check_weight(name: str, w: torch.Tensor, recipe: Format) -> None:
+    """Raises ValueError where ``w`` is no weight that ``recipe`` can take."""
+    if w.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16; got {_short(w.dtype)}")
+    check_shape(name, w.shape, recipe)
+
+
+def check_shape(name: str, shape: torch.Size, recipe: Format) -> None:
+    """Raises ValueError where the groups of ``recipe`` do not divide the last dimension and have to."""
+    if recipe.groups_divide_last_dim and recipe.group_size is not None:
+        if not shape or shape[-1] % recipe.group_size:
+            expected = f"a last dimension that is a multiple of {recipe.group_size}, the group size of {recipe.name}"
+            raise ValueError(f"{name}: expected {expected}; got shape {tuple(shape)}")
+
+
+def group_chunks(flat: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice, torch.Tensor, bool]]:
+    """About a million weights at a time: (slice of weights, slice of groups, [groups, group_size] view,
+    short).
+
+    It bounds the temporaries of the references. The short last group comes alone; a whole-tensor group comes
+    in pieces, each as one row.
+    """
+    n = flat.numel()
+    size = recipe.group_size or _CHUNK
+    full = n // size * size
+    stride = max(_CHUNK // size, 1) * size
+    for start in range(0, full, stride):
+        span = slice(start, min(start + stride, full))
+        groups = slice(0, 1) if recipe.group_size is None else slice(span.start // size, span.stop // size)
+        yield span, groups, flat[span].view(-1, size), False
+    if full < n:
+        groups = slice(0, 1) if recipe.group_size is None else slice(full // size, full // size + 1)
+        yield slice(full, n), groups, flat[full:].view(1, -1), True
+
+
+def table(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+def in_words(sizes: tuple[int, ...] | range) -> str:
+    if isinstance(sizes, range):
+        return f"a multiple of {sizes.step} from {sizes[0]} to {sizes[-1]}"
+    return f"one of {', '.join(map(str, sizes))}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

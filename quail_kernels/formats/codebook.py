@@ -1,0 +1,127 @@
+r"""A codebook of sixteen levels times the group's largest magnitude: NF4 and FP4 of bitsandbytes.
+
+``bnb-nf4``, ``bnb-fp4`` (bitsandbytes 0.50, the PyTorch back end that its CPU build runs)
+    Groups run over the flattened contiguous tensor, 64 weights by default; the last group may be short.
+        absmax = max |x|          p = x * (1 / max(absmax, 1e-38))          value = level[bucket] * absmax
+    A short last group divides, p = x / absmax, and its stored absmax is at least 1e-38. The bucket is decided
+    by strict > on the fp32 midpoints between neighbouring levels: a tie takes the lower level. A group of
+    zeros gets the code of level 0 (NF4: 7, FP4: 0). FP4 has two codes for zero: with t its threshold beside
+    zero, 0 where -t < p <= 0 and 8 where 0 < p <= t.
+    The CUDA build differs, and its bits are not reproduced: its reciprocal is approximate (<= 1 ulp,
+    denormals flushed), a group of zeros gets NF4 code 0, its FP4 thresholds are decimal literals near the
+    midpoints, and an FP4 tie takes the smaller magnitude.
+    NaN takes the top level's code, as the library has it.
+    https://arxiv.org/abs/2305.14314 (NF4); bitsandbytes/backends/default/ops.py.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .._triton import tl, triton
+from .base import Format, table
+
+_SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against 1 / 0: an fp32 subnormal, so no kernel may flush those
+_CELLS = 1365  # found by trying odd numbers: FP4 has a threshold at 0, and none may lie near an edge
+
+
+@dataclass(frozen=True)
+class Codebook(Format):
+    """Sixteen levels times the group's largest magnitude; ``levels_by_code`` are fp32 numbers."""
+
+    levels_by_code: tuple[float, ...]
+
+    kind = "codebook"
+
+    @functools.cached_property
+    def codes(self) -> tuple[int, ...]:
+        # bitsandbytes puts code 8 above code 0 although both are zero: a stable sort does, too.
+        return tuple(sorted(range(16), key=self.levels_by_code.__getitem__))
+
+    @functools.cached_property
+    def levels(self) -> tuple[float, ...]:
+        return tuple(self.levels_by_code[code] for code in self.codes)
+
+    @functools.cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
+        return tuple(((levels[:-1] + levels[1:]) / 2).tolist())
+
+    @functools.cached_property
+    def cells(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """-1 to 1 in equal cells of one threshold at most: the thresholds below each, and its own or infinity.
+
+        The cell of a position is reckoned with rounding, and no threshold lies where that could matter.
+        """
+        at = [(threshold + 1) * _CELLS / 2 for threshold in self.thresholds]
+        inside = {int(place): threshold for place, threshold in zip(at, self.thresholds, strict=True)}
+        if len(inside) < len(at) or any(abs(place - round(place)) < 0.01 for place in at):
+            raise ValueError(f"{self.name}: expected thresholds apart from each other and from the edges of the cells")
+        own = tuple(inside.get(cell, float("inf")) for cell in range(_CELLS))
+        return tuple(sum(place < cell for place in at) for cell in range(_CELLS)), own
+
+    @functools.cached_property
+    def buckets(self) -> tuple[int, ...]:
+        distinct = sorted(set(self.levels))
+        return tuple(distinct.index(level) for level in self.levels)
+
+    @functools.cached_property
+    def widths(self) -> tuple[float, ...]:
+        """By rank, the width of the bucket on the scale of absmax; the outermost buckets end at -1 and 1."""
+        edges = (-1.0, *self.thresholds, 1.0)
+        spans = [[r for r in range(16) if self.buckets[r] == bucket] for bucket in self.buckets]
+        return tuple(edges[span[-1] + 1] - edges[span[0]] for span in spans)
+
+    @functools.cached_property
+    def pad_code(self) -> int:
+        return self.codes[sum(threshold < 0 for threshold in self.thresholds)]
+
+    def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
+        absmax = x.abs().amax(dim=1).float()
+        return absmax.clamp(min=_SMALLEST_ABSMAX) if short else absmax
+
+    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        absmax = params.clamp(min=_SMALLEST_ABSMAX)[:, None]
+        position = x.float() / absmax if short else x.float() * (1.0 / absmax)
+        # What torch.bucketize gives, NaN in the top bucket included, at less than half its time.
+        below, threshold = self.cells
+        cell = position.nan_to_num(nan=1.0).add_(1).mul_(_CELLS / 2).clamp_(0, _CELLS - 1).to(torch.int32).flatten()
+        above = position.flatten() > table(threshold, x).index_select(0, cell)
+        return torch.tensor(below, dtype=torch.int32, device=x.device).index_select(0, cell).add_(above).view(x.shape)
+
+    def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return table(self.levels, params)[rank] * params[:, None]
+
+    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return table(self.widths, params)[rank] * params[:, None]
+
+
+_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_FP4_MAGNITUDES = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32, device="cpu") / 12
+_FP4 = (*_FP4_MAGNITUDES.tolist(), 0.0, *(-_FP4_MAGNITUDES[1:]).tolist())
+
+RECIPES = (
+    Codebook("bnb-nf4", 64, _SIZES, False, levels_by_code=_NF4),
+    Codebook("bnb-fp4", 64, _SIZES, False, levels_by_code=_FP4),
+)
+
+
+@triton.jit
+def codebook_fit(absmax, short):
+    return tl.where(short & (absmax < 1e-38), 1e-38, absmax)
+
+
+@triton.jit
+def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr):
+    absmax = tl.where(absmax < 1e-38, 1e-38, absmax)
+    pos = x * tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
+    if HAS_SHORT:
+        pos = tl.where(short, tl.div_rn(x, tl.broadcast_to(absmax, x.shape)), pos)
+    return pos

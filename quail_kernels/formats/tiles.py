@@ -1,0 +1,130 @@
+"""The Triton side of the recipes: device functions over a tile [groups, group_size] of fp32 weights.
+
+A weight's ``position`` is the weight on its group's own scale: code, bucket, value and step are all read off
+it, and the compiler drops what a kernel does not store. A group's parameters are two numbers, ``scale`` and
+``aux`` (the minimum, the zero point, or 0 where the rule has only a scale). Each function sends a tile to the
+rule of its KIND, which stands beside the reference of that rule.
+"""
+
+from .._triton import abs_bits, tl, triton
+from .base import Format
+from .codebook import codebook_fit, codebook_position
+from .integer import minmax_fit, minmax_rank, symmetric_fit, symmetric_rank
+
+
+def tile_constants(recipe: Format, n: int, tile: int) -> dict:
+    """How a kernel covers n weights: BLOCK_GROUPS groups of GROUP_SIZE weights, padded to BLOCK_SIZE, a
+    program.
+
+    ``tile`` is the number of weights that a program aims at. A whole-tensor group is walked in rows of
+    ``tile``.
+    """
+    per_tensor = recipe.group_size is None
+    size = tile if per_tensor else recipe.group_size
+    padded = 1 << (size - 1).bit_length()
+    return {
+        "PER_TENSOR": per_tensor,
+        "HAS_SHORT": n % size != 0,
+        "GROUP_SIZE": size,
+        "BLOCK_GROUPS": max(tile // padded, 1),
+        "BLOCK_SIZE": padded,
+    }
+
+
+def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
+    warps = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"] // (32 * weights_per_thread)
+    # A fused multiply-add rounds once where the recipes round twice, and moves weights across thresholds.
+    return {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
+
+
+@triton.jit
+def tile_offsets(n, GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(group numbers [BLOCK_GROUPS, 1], offsets of their weights and mask [BLOCK_GROUPS, BLOCK_SIZE])."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
+    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    offsets = group * GROUP_SIZE + column
+    return group, offsets, (column < GROUP_SIZE) & (offsets < n)
+
+
+@triton.jit
+def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.constexpr):
+    """(scale, aux), each [groups, 1]; masked lanes of x hold 0."""
+    absmax = tl.max(abs_bits(x), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+    aux = tl.zeros_like(absmax)
+    if KIND == "codebook":
+        scale = codebook_fit(absmax, short)
+    elif KIND == "symmetric":
+        scale = symmetric_fit(absmax, dtype, RULE)
+    else:
+        tl.static_assert(KIND == "minmax")
+        scale, aux = minmax_fit(x, mask, absmax)
+    return scale, aux
+
+
+@triton.jit
+def tile_position(x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.constexpr, HAS_SHORT: tl.constexpr):
+    if KIND == "codebook":
+        pos = codebook_position(x, scale, short, HAS_SHORT)
+    elif KIND == "symmetric":
+        pos = tl.div_rn(x, tl.broadcast_to(scale, x.shape)).to(dtype).to(tl.float32)
+    else:
+        tl.static_assert(KIND == "minmax")
+        pos = tl.div_rn(x - aux, tl.broadcast_to(scale, x.shape))
+    return pos
+
+
+@triton.jit
+def _look_up(pos, THRESHOLDS: tl.constexpr, TABLE: tl.constexpr, dtype: tl.constexpr):
+    """TABLE by the number of thresholds below pos; NaN is above all, as torch.bucketize has it."""
+    entry = tl.full(pos.shape, TABLE[0], dtype)
+    for i in tl.static_range(len(THRESHOLDS)):
+        entry = tl.where(pos <= THRESHOLDS[i], entry, tl.full(pos.shape, TABLE[i + 1], dtype))
+    return entry
+
+
+@triton.jit
+def _uniform_rank(pos, KIND: tl.constexpr):
+    """The bucket of a uniform recipe as fp32, 0 to 15."""
+    if KIND == "symmetric":
+        rank = symmetric_rank(pos)
+    else:
+        tl.static_assert(KIND == "minmax")
+        rank = minmax_rank(pos)
+    return rank
+
+
+@triton.jit
+def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.constexpr):
+    """The int32 that TABLE gives by rank; in a uniform recipe that is the rank itself."""
+    if len(THRESHOLDS):
+        number = _look_up(pos, THRESHOLDS, TABLE, tl.int32)
+    else:
+        number = _uniform_rank(pos, KIND).to(tl.int32)
+    return number
+
+
+@triton.jit
+def tile_scaled(level, scale, aux, KIND: tl.constexpr):
+    """What a level stands for in groups of these parameters, in fp32 and not yet rounded to the model's
+    dtype."""
+    return aux + level * scale if KIND == "minmax" else level * scale
+
+
+@triton.jit
+def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
+    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
+    if len(THRESHOLDS):
+        level = _look_up(pos, THRESHOLDS, LEVELS, tl.float32)
+    else:
+        level = _uniform_rank(pos, KIND) + LEVELS[0]
+    return tile_scaled(level, scale, aux, KIND)
+
+
+@triton.jit
+def tile_step(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr):
+    """The width of the bucket that the weight lies in."""
+    if len(THRESHOLDS):
+        width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * scale
+    else:
+        width = tl.broadcast_to(scale, pos.shape)
+    return width
