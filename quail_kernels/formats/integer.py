@@ -1,23 +1,68 @@
 r"""Uniform buckets: integers times a scale.
 
-``ct-int4-sym`` (compressed-tensors 0.20, its PyTorch path)
-    Groups run along the last dimension, 128 weights by default, and must divide it. The arithmetic is that of
-    the model's dtype T, each result rounded to T:
+Groups run along the last dimension, 128 weights by default, and must divide it; only ``minmax-int4`` takes the
+whole tensor by default. T is the model's dtype; T(..) rounds to it; ties are rounded to even; every division is
+a division.
+
+``ct-int4-sym`` (compressed-tensors 0.20, its PyTorch path; each result rounded to T)
         s = T(absmax / 7.5), or eps(T) where that is 0
         q = round(clamp(T(x / s), -8, 7))          value = T(q * s)
-    with ties to even; the code is q + 8, as the library packs it. The library's Triton path for CUDA
-    keeps x / s in fp32, so that bf16 and fp16 codes near a tie may differ there; its fake-quantized forward
-    is as here on every device.
+    The code is q + 8, as the library packs it. The library's Triton path for CUDA keeps x / s in fp32, so that
+    bf16 and fp16 codes near a tie may differ there; its fake-quantized forward is as here on every device.
     compressed_tensors/quantization/lifecycle/forward_helpers.py; utils/helpers.py, calculate_qparams.
 
-``minmax-int4`` (the uniform buckets that reviews quote from QUAIL, https://arxiv.org/abs/2601.15538)
+``ct-int4-asym`` (the same library and files; each result rounded to T)
+        low = min(min x, 0)          high = max(max x, 0)          s = T(T(high - low) / 15)
+        z = round(clamp(T(-8 - T(low / s)), -8, 7))
+        q = round(clamp(T(T(x / s) + z), -8, 7))          value = T((q - z) * s)
+    The zero point is added *before* rounding, which in bf16 and fp16 rounds twice. Where s is 0 it becomes eps(T)
+    once z is there: a group of zeros has z = q = 0, one whose scale underflows has z = 7 where low < 0. The code
+    is q + 8. The Triton path of the library differs as above, and in adding z in fp32.
+
+``awq-int4-sym`` (AutoAWQ 0.2.9, WqQuantizer.pseudo_quantize_tensor without zero point; each result rounded to T)
+        s = T(max(absmax, T(1e-5)) / 7)          q = clamp(round(T(x / s)), -8, 7)          value = T(q * s)
+    The code is q + 8; q = -8 is never reached, since no weight lies below -absmax. AutoAWQ turns every layer to
+    fp16 before it quantizes: to see what it deploys of a bf16 checkpoint, cast to fp16 first. It refuses NaN; here
+    it is as with the others. On CUDA, PyTorch multiplies by fp32(1 / 7) where the divisor is a Python number: the
+    same numbers in bf16 and fp16, in fp32 a scale that may be one ulp away.
+    awq/quantize/quantizer.py.
+
+``awq-int4-asym`` (the same function with zero point, AutoAWQ's default; each result rounded to T)
+        s = T(max(T(max x - min x), T(1e-5)) / 15)          z = clamp(-round(T(min x / s)), 0, 15)
+        q = clamp(round(T(x / s)) + z, 0, 15)          value = T((q - z) * s)
+    Zero need not lie in the range, but z cannot leave 0 .. 15: a group far from zero saturates, and all of its
+    weights get 15 * s or -15 * s. What packs the codes (WQLinear_GEMM.from_linear) reckons them anew from the
+    values and finds the same.
+
+``mslk-int4-sym`` (MSLK 1.1, int4_row_quantize, once of FBGEMM; fp32)
+        s = max(absmax, 1e-6) / 8          q = clamp(round(x / s), -8, 7)          value = T(q * s)
+    The largest weight of a group, where it is positive, is clamped by a whole step. The code is q + 8. The scale
+    is stored in fp32, as the function returns it; deployments round it to bf16 or T, which changes nothing but in
+    fp16 groups below 2^-11, since absmax / 8 is as short as absmax. With fp8 activations MSLK first rounds the
+    weights to fp8 by row, which is not part of this.
+    mslk/quantize/shuffle.py.
+
+``gptq-int4-asym`` (GPTQModel 7.7, its RTN class: Quantizer.find_params and quantize, and the packed layer; fp32)
+        low = min(min x, 0)          high = max(max x, 0)          s = (high - low) / 15
+        z = round(-low / s)          q = clamp(round(x / s) + z, 0, 15)          value = T(fp16(fp16(s) * (q - z)))
+    Codes come of the fp32 scale; the layer stores it in fp16, and its weights are fp16 products. So a scale below
+    2^-25 makes zeros, one above 65504 infinities and NaN. A group of zeros is taken to reach from -1 to 1. A
+    scale that underflows fp32 becomes 2^-126, with z = 0. z is kept in 0 .. 15, the four bits that it is packed
+    into; the library's can only exceed them where the range is below 4e-43. The sym=True of GPTQ is
+    (high - low) / 15 with high = -low = absmax and z = 8: near ``ct-int4-sym``, in fp32.
+    gptqmodel/quantization/quantizer.py, rtn.py; nn_modules/qlinear/__init__.py, pack_block, dequantize_weight.
+
+``minmax-int4`` (the uniform buckets that reviews quote from QUAIL, https://arxiv.org/abs/2601.15538; fp32)
         step = (max - min) / 16
         bucket = clamp(floor((x - min) / step), 0, 15)          value = min + (bucket + 1/2) * step
     One group for the whole tensor by default, which is what gives the quoted steps of 0.05 to 0.1; ``@128``
     and the like group along the last dimension. That the value is the centre of the bucket is our choice: the
     quoted analysis counts buckets only. A constant group has step 0, bucket 0 and its own value.
 
-NaN takes the code of q = 0 (``ct-int4-sym``) or bucket 0 (``minmax-int4``).
+A NaN, and infinity over infinity, is at position 0: it takes the code of q = 0 (symmetric), of q = z (asymmetric;
+z is 0 where NaN or an infinity leaves it undefined) or bucket 0 (``minmax-int4``).
+
+How far each is from other libraries and other arithmetic is measured in README.md beside this file.
 """
 
 from dataclasses import dataclass
@@ -30,20 +75,27 @@ from .base import ROW_SIZES, Format
 
 @dataclass(frozen=True)
 class Symmetric(Format):
-    """q = round(x / s) in -8 .. 7 with s = absmax / ``divisor``, in the arithmetic of the model's dtype."""
+    """q = round(x / s) in -8 .. 7 with s = absmax / ``divisor``.
+
+    ``smallest``: absmax is at least this; 0 makes a scale of 0 the dtype's eps instead.
+    ``in_fp32``: the arithmetic is in fp32 and the scale stays there; otherwise in the model's dtype.
+    """
 
     divisor: float
+    smallest: float = 0.0
+    in_fp32: bool = False
 
     kind = "symmetric"
     levels = tuple(float(q) for q in range(-8, 8))
 
     def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+        return torch.float32 if self.in_fp32 else dtype
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
+        absmax = x.abs().amax(dim=1).to(self.params_dtype(x.dtype)).clamp(min=self.smallest)
         # A divisor that is no tensor would make PyTorch multiply by its reciprocal on CUDA.
-        scale = x.abs().amax(dim=1) / torch.full((), self.divisor, dtype=x.dtype, device=x.device)
-        return scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+        scale = absmax / torch.full_like(absmax[:1], self.divisor)
+        return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         q = (x / params[:, None]).clamp(-8, 7).round()
@@ -56,7 +108,81 @@ class Symmetric(Format):
         return params[:, None].float().expand(rank.shape)
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
-        return (self.divisor, torch.finfo(dtype).eps)
+        dtype = self.params_dtype(dtype)
+        return (self.divisor, _rounded(self.smallest, dtype), torch.finfo(dtype).eps, self.in_fp32)
+
+
+@dataclass(frozen=True)
+class ZeroPoint(Format):
+    """q = round(x / s) + z in lowest .. lowest + 15, with z the integer that 0 falls on; params are (s, z).
+
+    ``lowest``: of the integers that are stored.
+    ``zero_in_range``: whether the range that s divides by 15 is made to reach 0.
+    ``zero_point_first``: z is added before rounding.
+    ``smallest``: the range is at least this; 0 makes a scale of 0 the dtype's eps once z is there.
+    ``like_gptq``: arithmetic in fp32, the scale and the product stored in fp16; a group of zeros reaches from -1
+    to 1, and a scale that is 0 all the same becomes the smallest normal number before z is there. Otherwise the
+    arithmetic is in the model's dtype.
+    """
+
+    lowest: int
+    zero_in_range: bool
+    zero_point_first: bool = False
+    smallest: float = 0.0
+    like_gptq: bool = False
+
+    n_params = 2
+
+    @property
+    def kind(self) -> str:
+        return "zero_point_fp16" if self.like_gptq else "zero_point"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return tuple(float(self.lowest + i) for i in range(16))
+
+    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float16 if self.like_gptq else dtype
+
+    def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
+        low, high = torch.aminmax(x, dim=1)
+        if self.zero_in_range:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.like_gptq:
+            low, high = low.float(), high.float()
+            zeros = low == high
+            low, high = low.masked_fill(zeros, -1), high.masked_fill(zeros, 1)
+        extent = (high - low).clamp(min=self.smallest)
+        scale = extent / torch.full_like(extent[:1], 15)
+        if self.like_gptq:
+            scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).tiny)
+        zero_point = (self.lowest - low / scale).clamp(self.lowest, self.lowest + 15).round()
+        # -0 + 0 is 0: an integer has one zero.
+        zero_point = zero_point.masked_fill(zero_point.isnan(), 0) + 0
+        return torch.stack([scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps), zero_point], dim=1)
+
+    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        position = x / params[:, :1]
+        position.masked_fill_(position.isnan(), 0)
+        if self.zero_point_first:
+            q = (position + params[:, 1:]).clamp_(self.lowest, self.lowest + 15).round_()
+        else:
+            q = position.round_().add_(params[:, 1:]).clamp_(self.lowest, self.lowest + 15)
+        return q.to(torch.int32) - self.lowest
+
+    def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        scale, zero_point = params[:, :1], params[:, 1:]
+        level = (rank + self.lowest).to(params.dtype) - zero_point
+        return level.half() * scale.half() if self.like_gptq else level * scale
+
+    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return params[:, :1].float().expand(rank.shape)
+
+    def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
+        dtype = torch.float32 if self.like_gptq else dtype
+        guard = torch.finfo(dtype).tiny if self.like_gptq else torch.finfo(dtype).eps
+        switches = (self.zero_in_range, self.zero_point_first, self.like_gptq)
+        return (float(self.lowest), _rounded(self.smallest, dtype), guard, *switches)
 
 
 @dataclass(frozen=True)
@@ -84,22 +210,100 @@ class MinMax(Format):
         return params[:, :1].expand(rank.shape)
 
 
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
+
+
 RECIPES = (
     Symmetric("ct-int4-sym", 128, ROW_SIZES, True, divisor=7.5),
+    Symmetric("awq-int4-sym", 128, ROW_SIZES, True, divisor=7.0, smallest=1e-5),
+    Symmetric("mslk-int4-sym", 128, ROW_SIZES, True, divisor=8.0, smallest=1e-6, in_fp32=True),
+    ZeroPoint("gptq-int4-asym", 128, ROW_SIZES, True, lowest=0, zero_in_range=True, like_gptq=True),
+    ZeroPoint("awq-int4-asym", 128, ROW_SIZES, True, lowest=0, zero_in_range=False, smallest=1e-5),
+    ZeroPoint("ct-int4-asym", 128, ROW_SIZES, True, lowest=-8, zero_in_range=True, zero_point_first=True),
     MinMax("minmax-int4", None, ROW_SIZES, True),
 )
 
 
 @triton.jit
+def _rounded_to(x, dtype, IN_FP32: tl.constexpr):
+    if IN_FP32:
+        rounded = x
+    else:
+        rounded = x.to(dtype).to(tl.float32)
+    return rounded
+
+
+@triton.jit
+def _within(x, lowest, highest):
+    """x clamped, and 0 where it is NaN."""
+    return tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), lowest), highest)
+
+
+@triton.jit
 def symmetric_fit(absmax, dtype, RULE: tl.constexpr):
-    scale = tl.div_rn(absmax, tl.full(absmax.shape, RULE[0], tl.float32)).to(dtype).to(tl.float32)
-    return tl.where(scale == 0, RULE[1], scale)
+    absmax = tl.where(absmax < RULE[1], RULE[1], absmax)
+    scale = _rounded_to(tl.div_rn(absmax, tl.full(absmax.shape, RULE[0], tl.float32)), dtype, RULE[3])
+    return tl.where(scale == 0, RULE[2], scale)
+
+
+@triton.jit
+def symmetric_position(x, scale, dtype, RULE: tl.constexpr):
+    return _rounded_to(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype, RULE[3])
 
 
 @triton.jit
 def symmetric_rank(pos):
-    q = tl.minimum(tl.maximum(tl.where(pos == pos, pos, 0.0), -8.0), 7.0)
-    return round_half_to_even(q) + 8.0
+    return round_half_to_even(_within(pos, -8.0, 7.0)) + 8.0
+
+
+@triton.jit
+def zero_point_fit(x, mask, absmax, dtype, RULE: tl.constexpr):
+    LOWEST: tl.constexpr = RULE[0]
+    SMALLEST: tl.constexpr = RULE[1]
+    GUARD: tl.constexpr = RULE[2]
+    ZERO_IN_RANGE: tl.constexpr = RULE[3]
+    LIKE_GPTQ: tl.constexpr = RULE[5]
+    low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
+    high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
+    if ZERO_IN_RANGE:
+        low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    low = tl.where(absmax == absmax, low, absmax)
+    if LIKE_GPTQ:
+        zeros = low == high
+        low, high = tl.where(zeros, -1.0, low), tl.where(zeros, 1.0, high)
+    extent = _rounded_to(high - low, dtype, LIKE_GPTQ)
+    extent = tl.where(extent < SMALLEST, SMALLEST, extent)
+    scale = _rounded_to(tl.div_rn(extent, tl.full(extent.shape, 15.0, tl.float32)), dtype, LIKE_GPTQ)
+    guarded = tl.where(scale == 0, GUARD, scale)
+    zero_point = LOWEST - _rounded_to(tl.div_rn(low, guarded if LIKE_GPTQ else scale), dtype, LIKE_GPTQ)
+    zero_point = _rounded_to(zero_point, dtype, LIKE_GPTQ)
+    return guarded, round_half_to_even(_within(zero_point, LOWEST, LOWEST + 15.0))
+
+
+@triton.jit
+def zero_point_rank(x, scale, zero_point, dtype, RULE: tl.constexpr):
+    LOWEST: tl.constexpr = RULE[0]
+    ZERO_POINT_FIRST: tl.constexpr = RULE[4]
+    LIKE_GPTQ: tl.constexpr = RULE[5]
+    pos = _rounded_to(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype, LIKE_GPTQ)
+    if ZERO_POINT_FIRST:
+        pos = tl.where(pos == pos, pos, 0.0) + zero_point
+        q = round_half_to_even(_within(_rounded_to(pos, dtype, LIKE_GPTQ), LOWEST, LOWEST + 15.0))
+    else:
+        # 32 is beyond any bucket, and near enough for rounding.
+        q = _within(round_half_to_even(_within(pos, -32.0, 32.0)) + zero_point, LOWEST, LOWEST + 15.0)
+    return q - LOWEST
+
+
+@triton.jit
+def zero_point_value(level, scale, zero_point, FP16: tl.constexpr):
+    level = level - zero_point
+    if FP16:
+        value = (level * scale.to(tl.float16).to(tl.float32)).to(tl.float16).to(tl.float32)
+    else:
+        value = level * scale
+    return value
 
 
 @triton.jit
@@ -112,4 +316,4 @@ def minmax_fit(x, mask, absmax):
 
 @triton.jit
 def minmax_rank(pos):
-    return tl.minimum(tl.maximum(tl.floor(tl.where(pos == pos, pos, 0.0)), 0.0), 15.0)
+    return _within(tl.floor(pos), 0.0, 15.0)

@@ -9,7 +9,16 @@ rule of its KIND, which stands beside the reference of that rule.
 from .._triton import abs_bits, tl, triton
 from .base import Format
 from .codebook import codebook_fit, codebook_position
-from .integer import minmax_fit, minmax_rank, symmetric_fit, symmetric_rank
+from .integer import (
+    minmax_fit,
+    minmax_rank,
+    symmetric_fit,
+    symmetric_position,
+    symmetric_rank,
+    zero_point_fit,
+    zero_point_rank,
+    zero_point_value,
+)
 
 
 def tile_constants(recipe: Format, n: int, tile: int) -> dict:
@@ -55,6 +64,8 @@ def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.cons
         scale = codebook_fit(absmax, short)
     elif KIND == "symmetric":
         scale = symmetric_fit(absmax, dtype, RULE)
+    elif KIND == "zero_point" or KIND == "zero_point_fp16":
+        scale, aux = zero_point_fit(x, mask, absmax, dtype, RULE)
     else:
         tl.static_assert(KIND == "minmax")
         scale, aux = minmax_fit(x, mask, absmax)
@@ -66,7 +77,9 @@ def tile_position(x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.cons
     if KIND == "codebook":
         pos = codebook_position(x, scale, short, HAS_SHORT)
     elif KIND == "symmetric":
-        pos = tl.div_rn(x, tl.broadcast_to(scale, x.shape)).to(dtype).to(tl.float32)
+        pos = symmetric_position(x, scale, dtype, RULE)
+    elif KIND == "zero_point" or KIND == "zero_point_fp16":
+        pos = zero_point_rank(x, scale, aux, dtype, RULE)
     else:
         tl.static_assert(KIND == "minmax")
         pos = tl.div_rn(x - aux, tl.broadcast_to(scale, x.shape))
@@ -87,6 +100,8 @@ def _uniform_rank(pos, KIND: tl.constexpr):
     """The bucket of a uniform recipe as fp32, 0 to 15."""
     if KIND == "symmetric":
         rank = symmetric_rank(pos)
+    elif KIND == "zero_point" or KIND == "zero_point_fp16":
+        rank = pos
     else:
         tl.static_assert(KIND == "minmax")
         rank = minmax_rank(pos)
@@ -107,7 +122,13 @@ def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.cons
 def tile_scaled(level, scale, aux, KIND: tl.constexpr):
     """What a level stands for in groups of these parameters, in fp32 and not yet rounded to the model's
     dtype."""
-    return aux + level * scale if KIND == "minmax" else level * scale
+    if KIND == "zero_point" or KIND == "zero_point_fp16":
+        value = zero_point_value(level, scale, aux, KIND == "zero_point_fp16")
+    elif KIND == "minmax":
+        value = aux + level * scale
+    else:
+        value = level * scale
+    return value
 
 
 @triton.jit
