@@ -4,9 +4,6 @@ import bitsandbytes.functional as bnb
 import hypothesis.strategies as st
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.lifecycle import forward as ct
-from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,56 +83,6 @@ def test_bitsandbytes_ties_and_extremes(quant_type):
     assert ranks[:15].tolist() == list(range(15))
     for magnitude in (1e-40, 1e-38, 1e-30, 3e38):
         check_against_bitsandbytes(whole[:150] / 8 * magnitude, quant_type, 64)
-
-
-def compressed_tensors(w, group_size):
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size)
-    groups = w.unflatten(-1, (-1, group_size))
-    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    q = ct.quantize(w, scale, zero_point, args, dtype=torch.int8)
-    return q, scale, ct.fake_quantize(w, scale, zero_point, args), ct.dequantize(q, scale, zero_point, args)
-
-
-@DTYPES
-@pytest.mark.parametrize("group_size", [32, 64, 96, 128])
-def test_compressed_tensors(group_size, dtype):
-    w = weights(2000, 1152, dtype=dtype)
-    w[3] = 0
-    w[4] = -0.0
-    w[5] *= 1e-6
-    w[6] = w[6].abs()
-    w[7, ::2] = w[7].abs().max()
-    # Every multiple of half a step, so every tie.
-    w[8] = torch.arange(1152).remainder(31) - 15
-    q, scale, fake_quantized, dequantized = compressed_tensors(w, group_size)
-    codes, scales = quantize(w, "ct-int4-sym", group_size)
-    assert torch.equal(unpack(codes).int() - 8, q.view(-1).int())
-    assert_same_bits(scales, scale.view(-1))
-    assert torch.equal(fake_quant(w, "ct-int4-sym", group_size), fake_quantized)
-    assert torch.equal(dequantize(codes, scales, "ct-int4-sym", group_size, shape=w.shape, dtype=dtype), dequantized)
-
-
-def test_compressed_tensors_rounds_in_the_dtype_of_the_model():
-    """What a recipe is frozen for: the same weights in fp32 arithmetic give other codes."""
-    w = weights(1000, 1024, dtype=torch.bfloat16)
-    in_bf16, in_fp32 = (unpack(quantize(x, "ct-int4-sym")[0]) for x in (w, w.float()))
-    assert 0.004 < (in_bf16 != in_fp32).double().mean() < 0.01
-
-
-@DTYPES
-@pytest.mark.parametrize("group_size", [None, 32, 96])
-def test_minmax_against_its_definition(group_size, dtype):
-    w = weights(50, 192, dtype=dtype)
-    w[1] = 0.5
-    groups = w.float().view(-1, group_size or w.numel()).numpy()
-    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-    step = (high - low) / 16
-    bucket = ((groups - low) / step.clip(1e-30)).clip(0, 15).astype(int)
-    codes, params = quantize(w, "minmax-int4", group_size)
-    assert unpack(codes).tolist() == bucket.reshape(-1).tolist()
-    assert torch.equal(params, torch.cat([torch.tensor(step), torch.tensor(low)], dim=1))
-    value = torch.tensor(low + (bucket + low.dtype.type(0.5)).astype("float32") * step).view(w.shape).to(dtype)
-    assert torch.equal(fake_quant(w, "minmax-int4", group_size), value)
 
 
 @st.composite
