@@ -235,9 +235,8 @@ def _rounded_to(x, dtype, IN_FP32: tl.constexpr):
 
 
 @triton.jit
-def _within(x, lowest, highest):
-    """x clamped, and 0 where it is NaN."""
-    return tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), lowest), highest)
+def _within(x, lowest, highest, if_nan=0.0):
+    return tl.minimum(tl.maximum(tl.where(x == x, x, if_nan), lowest), highest)
 
 
 @triton.jit
@@ -276,8 +275,9 @@ def zero_point_fit(x, mask, absmax, dtype, RULE: tl.constexpr):
     extent = tl.where(extent < SMALLEST, SMALLEST, extent)
     scale = _rounded_to(tl.div_rn(extent, tl.full(extent.shape, 15.0, tl.float32)), dtype, LIKE_GPTQ)
     guarded = tl.where(scale == 0, GUARD, scale)
-    zero_point = LOWEST - _rounded_to(tl.div_rn(low, guarded if LIKE_GPTQ else scale), dtype, LIKE_GPTQ)
-    zero_point = _rounded_to(zero_point, dtype, LIKE_GPTQ)
+    # Clamped so that it stays in fp32: of operands that are bf16, PTX would make a multiply-add for sm_80.
+    below = _rounded_to(tl.div_rn(low, guarded if LIKE_GPTQ else scale), dtype, LIKE_GPTQ)
+    zero_point = _rounded_to(LOWEST - _within(below, -32.0, 32.0, LOWEST), dtype, LIKE_GPTQ)
     return guarded, round_half_to_even(_within(zero_point, LOWEST, LOWEST + 15.0))
 
 

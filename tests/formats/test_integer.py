@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from awkward_weights import awkward, gaussian
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle import forward as ct
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -24,35 +25,6 @@ DTYPES = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 SYMMETRIC = ["ct-int4-sym", "awq-int4-sym", "mslk-int4-sym"]
 ASYMMETRIC = ["gptq-int4-asym", "awq-int4-asym", "ct-int4-asym"]
 FORMATS = pytest.mark.parametrize("format", SYMMETRIC + ASYMMETRIC)
-COLUMNS = 1152  # groups of 128, 96, 64 and 32 divide it
-
-
-def gaussian(rows, dtype=torch.float32, seed=0):
-    return (torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
-
-
-def awkward(dtype):
-    """Rows of zeros, constants, ties, one sign, subnormal and huge numbers, and ranges that overflow."""
-    finfo = torch.finfo(dtype)
-    magnitudes = [10.0**e for e in (-45, -43, -40, -38, -36, -30, -8, -7, -6, -5, -4, -3, 3, 4, 5, 30, 37, 38)]
-    magnitudes += [finfo.smallest_normal, finfo.smallest_normal * finfo.eps * 4, finfo.max / 8, finfo.max / 2]
-    steps = torch.arange(COLUMNS).double()
-    shapes = [
-        gaussian(1)[0].double().clamp(-0.08, 0.08) / 0.08,
-        steps.remainder(31) / 15 - 1,  # every half step where the scale is absmax / 7.5 or the range / 15
-        steps.remainder(29) / 14 - 1,  # the same for absmax / 7
-        steps.remainder(33) / 16 - 1,  # and for absmax / 8
-        steps.remainder(31) / 15,
-        1 + gaussian(1, seed=1)[0].double(),
-        torch.full((COLUMNS,), 0.375).double(),
-    ]
-    rows = [sign * shape * magnitude for shape in shapes for magnitude in [1.0, *magnitudes] for sign in (1, -1)]
-    rows += [torch.zeros(COLUMNS).double(), -torch.zeros(COLUMNS).double()]
-    # Halves of powers of two, so that ties are ties in every arithmetic.
-    rows += [(steps.remainder(2 * n + 1) - n) * 2.0**-8 for n in (14, 15, 16)]
-    rows += [(steps.remainder(31) - offset) * 2.0**-8 for offset in range(31)]
-    w = torch.stack(rows).clamp(finfo.min, finfo.max)
-    return w.to(dtype)
 
 
 def weights(dtype, rows):
