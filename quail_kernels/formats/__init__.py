@@ -5,7 +5,7 @@ and a minimum), and every weight is given one of sixteen buckets. The arithmetic
 file of its family, with x a weight of group g, all in fp32 unless said:
 
     codebook.py    bnb-nf4, bnb-fp4
-    integer.py     ct-int4-sym, minmax-int4
+    integer.py     ct-int4-sym, awq-int4-sym, mslk-int4-sym, gptq-int4-asym, awq-int4-asym, ct-int4-asym, minmax-int4
 
 A recipe that follows a rule that is there is one entry in RECIPES; a new rule is a class with the PyTorch
 reference, the Triton functions beside it, and its KIND in tiles.py.

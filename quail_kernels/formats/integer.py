@@ -37,9 +37,10 @@ a division.
 ``mslk-int4-sym`` (MSLK 1.1, int4_row_quantize, once of FBGEMM; fp32)
         s = max(absmax, 1e-6) / 8          q = clamp(round(x / s), -8, 7)          value = T(q * s)
     The largest weight of a group, where it is positive, is clamped by a whole step. The code is q + 8. The scale
-    is stored in fp32, as the function returns it; deployments round it to bf16 or T, which changes nothing but in
-    fp16 groups below 2^-11, since absmax / 8 is as short as absmax. With fp8 activations MSLK first rounds the
-    weights to fp8 by row, which is not part of this.
+    is stored in fp32, as the function returns it. Deployments store it in bf16 (MSLK) or T (torchao): of bf16
+    weights that is the same number, absmax / 8 being as short as absmax, but in groups below 1e-6; of fp16
+    weights it is in T, down to an absmax of 2^-11. With fp8 activations MSLK first rounds the weights to fp8 by
+    row, which is not part of this.
     mslk/quantize/shuffle.py.
 
 ``gptq-int4-asym`` (GPTQModel 7.7, its RTN class: Quantizer.find_params and quantize, and the packed layer; fp32)
@@ -48,8 +49,8 @@ a division.
     Codes come of the fp32 scale; the layer stores it in fp16, and its weights are fp16 products. So a scale below
     2^-25 makes zeros, one above 65504 infinities and NaN. A group of zeros is taken to reach from -1 to 1. A
     scale that underflows fp32 becomes 2^-126, with z = 0. z is kept in 0 .. 15, the four bits that it is packed
-    into; the library's can only exceed them where the range is below 4e-43. The sym=True of GPTQ is
-    (high - low) / 15 with high = -low = absmax and z = 8: near ``ct-int4-sym``, in fp32.
+    into; the library's can only exceed them where the range is below 4e-43. GPTQ with sym=True gives
+    the codes of ``ct-int4-sym`` on the weights in fp32.
     gptqmodel/quantization/quantizer.py, rtn.py; nn_modules/qlinear/__init__.py, pack_block, dequantize_weight.
 
 ``minmax-int4`` (the uniform buckets that reviews quote from QUAIL, https://arxiv.org/abs/2601.15538; fp32)
