@@ -29,5 +29,10 @@ def awkward(dtype):
     # Halves of powers of two, so that ties are ties in every arithmetic.
     rows += [(steps.remainder(2 * n + 1) - n) * 2.0**-8 for n in (14, 15, 16)]
     rows += [(steps.remainder(31) - offset) * 2.0**-8 for offset in range(31)]
+    # Minima near half a step, where adding an integer in bf16 or fp16 rounds to a tie.
+    for k in range(4):
+        for off in (-(2.0**-8), -(2.0**-10), 2.0**-10, 2.0**-8):
+            row = steps.remainder(8) / 7 * (14.5 - k)
+            rows.append(torch.where(steps.remainder(8) == 0, -(k + 0.5 + off), row) * 2.0**-6)
     w = torch.stack(rows).clamp(finfo.min, finfo.max)
     return w.to(dtype)
