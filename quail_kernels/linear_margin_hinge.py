@@ -12,7 +12,7 @@ SimNPO need. With h the hinge of a token, G and g what arrives for h and for l, 
     dL/dx = sum_v dL/du_v W_v        dL/dW_v = sum_tokens dL/du_v x        dL/db_v = sum_tokens dL/du_v
 
 The forward pass takes a chunk of tokens at a time, with all of their logits: one product a model into a buffer
-that the chunks share. It keeps six numbers a token. Given these, gradients of single logits depend on nothing
+that the chunks share. It keeps a few numbers a token. Given these, gradients of single logits depend on nothing
 else, so the backward pass takes a block of the vocabulary at a time, with all tokens: it recomputes the block's
 logits (the idea of cut cross-entropy, https://arxiv.org/abs/2411.09009) and turns them into dL/du in place. The rows
 of dL/dW that belong to the block are then one product over all tokens: nothing is summed over chunks in low
@@ -360,8 +360,9 @@ def _tiles(n: int, vocab: int, norm: str, chunk_tokens: int) -> list[tuple[slice
         # Which logits are the farthest is a matter of the last bit, which a product of another shape need not repeat.
         starts = range(0, n, chunk_tokens) if n else (0,)
         return [(slice(start, min(start + chunk_tokens, n)), slice(0, vocab)) for start in starts]
-    # As many logits as the forward pass holds, but no slivers of the vocabulary where there are very many tokens.
-    width = max(-(-vocab * chunk_tokens // max(n, chunk_tokens)), min(_MIN_VOCAB_BLOCK, chunk_tokens))
+    # A quarter of the logits that the forward pass holds, as gradients are in memory beside them now; but no slivers
+    # of the vocabulary where there are very many tokens.
+    width = max(-(-vocab * chunk_tokens // (4 * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
     width = -(-width // _PAD) * _PAD
     return [(slice(0, n), slice(start, min(start + width, vocab))) for start in range(0, vocab, width)]
 
