@@ -191,6 +191,22 @@ def test_chunk_boundaries(norm, tokens):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("norm", ["per_logit", "linf"])
+def test_sums_over_many_terms_keep_their_precision(norm):
+    """bf16 gradients of 128 chunks or blocks are those of one, but for the rounding of the terms themselves."""
+    hidden, weight, *others, _ = models(256, vocab=2048, features=16, dtype=torch.bfloat16)
+    arguments = (hidden.abs(), weight.abs(), *others)  # terms of one sign, whose sum outgrows each of them
+    options = dict(margin=9.0, norm=norm, space="logits", reduction="none")
+    given = (torch.ones(256), -torch.ones(256))
+    runs = [
+        differentiate(linear_logit_margin_hinge, arguments, {}, given, chunk_tokens=chunk, **options)[1]
+        for chunk in (1024 if norm == "linf" else 2**30, 2)
+    ]
+    assert len(linear._tiles(256, 2048, norm, 2)) == 128
+    for many, one in zip(*runs, strict=True):
+        assert (many - one).double().norm() <= 2**-8 * one.double().norm()
+
+
 def test_blocks_of_the_vocabulary_cover_it_once():
     for n, vocab, chunk in [(0, 50257, 1024), (1, 1, 1024), (4096, 128256, 1024), (4097, 50257, 1024), (5000, 2999, 1)]:
         for norm in ("per_logit", "linf"):
