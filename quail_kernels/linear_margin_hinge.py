@@ -19,10 +19,16 @@ of dL/dW that belong to the block are then one product over all tokens: nothing 
 precision, and no fp32 copy of dL/dW is needed. dL/dx is a sum over blocks, in fp32 [tokens, D]; its terms are
 products in the dtype of the model.
 
-On top of the products' own, the forward pass moves two reads of both models' logits, and with a scale or a
-softcap one write; the backward pass two reads and one write for the hinge, and where log-probabilities, a scale or
-a softcap take part, two reads and one write more: with 2-byte logits 8 to 12 and 6 to 12 bytes a logit pair, where
-the products need 4 D floating-point operations each.
+The hinge ``linf`` goes another way. A product of another shape may differ in the last bit, and with it the set of
+logits that are farthest away. So its backward pass repeats the forward pass's very products, chunk by chunk, and
+sums dL/dW over the chunks in fp32: for 2-byte weights and more than one chunk, that takes three times the memory of
+dL/dW instead of once.
+
+Beside what the products read and write, the forward pass reads the logits of both models twice (three times with a
+scale or a softcap in the space of log-probabilities) and with a scale or a softcap writes them once. The backward
+pass reads both and writes a gradient for the hinge; log-probabilities, a scale or a softcap add two reads and a
+write, and the latter two also a read and a write of both models' logits. For 2-byte logits without scale and softcap
+that is 8 bytes a pair of logits and at most 12, where the products are 4 D operations forward and 4 D to 8 D backward.
 """
 
 import math
@@ -123,7 +129,9 @@ def _tile_tanh(x):
     # Near 0 the difference of 1 and nearly 1 would leave few digits; the series errs by 1e-8 at most there.
     square = x * x
     odd = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0))))
-    return tl.where(tl.abs(x) < 0.25, odd, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+    # 1 - 2 / (e^2x + 1); two reciprocal roots of a number from 1 on take fewer instructions than a division.
+    root = tl.math.rsqrt(tl.exp2(x * 2.8853900817779268) + 1.0)
+    return tl.where(tl.abs(x) < 0.25, odd, 1.0 - 2.0 * root * root)
 
 
 @triton.jit
@@ -141,6 +149,12 @@ def _epilogue_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """A token a program. One read of each logit, and with a scale or a softcap one write.
+
+    In bf16 for sm_90, Triton 3.7: 16 instructions a logit for the normalizer alone, 35 with a softcap, 20 for a
+    softcap without normalizer. An H100 has time for 18 in 2 bytes and for 35 in 4 bytes (132 multiprocessors, 4 warp
+    instructions a cycle, 1.755 GHz, 3.35 TB/s).
+    """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(labels_ptr + row) == ignore_index:
         if HAS_LSE:
@@ -192,6 +206,10 @@ def _epilogue_bwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """BLOCK_V logits of a token a program. One read of each logit and of the hinge's gradient, one write.
+
+    In bf16 for sm_90, Triton 3.7: 23 instructions a logit, 27 with a softcap; an H100 has time for 53 in 6 bytes.
+    """
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = v < stride_zt
@@ -208,7 +226,7 @@ def _epilogue_bwd_kernel(
         p = tl.exp(z - tl.load(lse_ptr + row))
         grad += (tl.where(v == label, 1.0, 0.0) - p) * tl.load(grad_log_prob_ptr + row)
     if HAS_SOFTCAP:
-        z /= softcap
+        z *= 1.0 / softcap
         grad *= 1.0 - z * z
     tl.store(z_ptr + v, (grad * logit_scale).to(z_ptr.dtype.element_ty), mask=mask)
 
