@@ -21,8 +21,8 @@ products in the dtype of the model.
 
 The hinge ``linf`` goes another way. A product of another shape may differ in the last bit, and with it the set of
 logits that are farthest away. So its backward pass repeats the forward pass's very products, chunk by chunk, and
-sums dL/dW over the chunks in fp32: for 2-byte weights and more than one chunk, that takes three times the memory of
-dL/dW instead of once.
+sums dL/dW over the chunks in fp32: for 2-byte weights and more than one chunk, that takes twice the memory of dL/dW
+besides.
 
 Beside what the products read and write, the forward pass reads the logits of both models twice (three times with a
 scale or a softcap in the space of log-probabilities) and with a scale or a softcap writes them once. The backward
@@ -54,6 +54,7 @@ from .margin_hinge import (
 _BLOCK_V = 4096
 _CHUNK_TOKENS = 1024
 _MIN_VOCAB_BLOCK = 1024
+_SUM_ROWS = 4096  # of a term in low precision: enough for a product, little beside an output head
 _PAD = 16  # Triton knows of an argument that 16 divides it, or nothing
 _IGNORED = -1
 
@@ -397,7 +398,8 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, terms: in
     elif total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total += torch.mm(a, b)
+        for start in range(0, a.shape[0], _SUM_ROWS):
+            total[start : start + _SUM_ROWS] += torch.mm(a[start : start + _SUM_ROWS], b)
 
 
 def _backward_of_tiles(

@@ -422,6 +422,18 @@ def _margin_hinge_bwd_triton(
         )
 
 
+def _check_options(margin: float, norm: str, space: str, reduction: str) -> None:
+    for name, choice, choices in (
+        ("norm", norm, NORMS),
+        ("space", space, SPACES),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
+    if not (isinstance(margin, (int, float)) and math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin: expected a finite number above 0; got {margin!r}")
+
+
 def _check_label_range(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
     bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab))]
     if bad.numel():
@@ -588,18 +600,6 @@ def _backward(ctx, grad_hinge, _grad_active, _grad_stats):
 
 
 _margin_hinge_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check_options(margin: float, norm: str, space: str, reduction: str) -> None:
-    for name, choice, choices in (
-        ("norm", norm, NORMS),
-        ("space", space, SPACES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
-    if not (isinstance(margin, (int, float)) and math.isfinite(margin) and margin > 0):
-        raise ValueError(f"margin: expected a finite number above 0; got {margin!r}")
 
 
 def _check(
