@@ -421,6 +421,24 @@ def _margin_hinge_bwd_triton(
         )
 
 
+def _check_options(margin: float, norm: str, space: str, reduction: str) -> None:
+    for name, choice, choices in (
+        ("norm", norm, NORMS),
+        ("space", space, SPACES),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
+    if not (isinstance(margin, (int, float)) and math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin: expected a finite number above 0; got {margin!r}")
+
+
+def _check_label_range(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
+    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab))]
+    if bad.numel():
+        raise ValueError(f"labels: expected 0 to {vocab - 1} or ignore_index {ignore_index}; got {bad[0]}")
+
+
 @torch.library.custom_op("quail::logit_margin_hinge", mutates_args=(), device_types="cpu")
 def _margin_hinge_op(
     logits: torch.Tensor,
@@ -432,11 +450,8 @@ def _margin_hinge_op(
     ignore_index: int,
     inplace_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    vocab = logits.shape[-1]
     if labels is not None:
-        bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab))]
-        if bad.numel():
-            raise ValueError(f"labels: expected 0 to {vocab - 1} or ignore_index {ignore_index}; got {bad[0]}")
+        _check_label_range(labels, logits.shape[-1], ignore_index)
     return _margin_hinge_fwd_torch(logits, ref_logits, labels, margin, norm, space, ignore_index)
 
 
@@ -595,15 +610,7 @@ def _check(
     space: str,
     reduction: str,
 ) -> None:
-    for name, choice, choices in (
-        ("norm", norm, NORMS),
-        ("space", space, SPACES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
-    if not (isinstance(margin, (int, float)) and math.isfinite(margin) and margin > 0):
-        raise ValueError(f"margin: expected a finite number above 0; got {margin!r}")
+    _check_options(margin, norm, space, reduction)
     for name, tensor in (("logits", logits), ("ref_logits", ref_logits)):
         # float64 is there for gradient checks, which run on the CPU.
         if tensor.dtype not in _LOGIT_DTYPES and not (tensor.dtype == torch.float64 and not tensor.is_cuda):
