@@ -14,14 +14,23 @@ fake_quant reads each weight once and writes it once. A recipe with one group fo
 formats.py.
 """
 
-import math
-
 import torch
 
 from ._triton import tl, triton
-from .formats import WEIGHT_DTYPES, Format, check_shape, check_weight, get_format, group_chunks
+from .formats import (
+    WEIGHT_DTYPES,
+    Format,
+    check_shape,
+    check_weight,
+    get_format,
+    group_chunks,
+    group_rows,
+    group_spans,
+)
 from .formats.tiles import (
     launch_options,
+    strided,
+    tile_addresses,
     tile_constants,
     tile_entry,
     tile_fit,
@@ -35,45 +44,57 @@ _TILE = 2048
 
 
 def _fake_quant_torch(w: torch.Tensor, recipe: Format) -> torch.Tensor:
-    flat = w.reshape(-1)
     w_q = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    of_tensor = recipe.fit_tensor(flat)
-    for span, _, x, short in group_chunks(flat, recipe):
+    of_tensor = recipe.fit_tensor(w)
+    for span, _, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
         w_q.view(-1)[span] = recipe.value(recipe.rank(x, params, short), params).view(-1)
     return w_q
 
 
 def _quantize_torch(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = w.reshape(-1)
-    n = flat.numel()
-    of_tensor = recipe.fit_tensor(flat)
-    codes = torch.full((n + n % 2,), recipe.pad_code, dtype=torch.uint8, device=w.device)
+    n = w.numel()
+    of_tensor = recipe.fit_tensor(w)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     code_by_rank = torch.tensor(recipe.codes, dtype=torch.uint8, device=w.device)
-    for span, groups, x, short in group_chunks(flat, recipe):
+    for span, groups, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
         scales[groups] = params
-        codes[span] = code_by_rank[recipe.rank(x, params, short)].view(-1)
-    return codes[0::2] << 4 | codes[1::2], scales
+        code = code_by_rank[recipe.rank(x, params, short)].view(-1)
+        if len(code) % 2:
+            code = torch.cat([code, code.new_tensor([recipe.pad_code])])
+        codes[_packed(span)] = code[0::2] << 4 | code[1::2]
+    return codes, scales
 
 
 def _dequantize_torch(
     codes: torch.Tensor, scales: torch.Tensor, recipe: Format, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
-    n = math.prod(shape)
-    flat = torch.stack([codes >> 4, codes & 15], dim=1).view(-1)[:n]
     w_q = torch.empty(shape, dtype=dtype, device=codes.device)
     rank_by_code = torch.tensor(recipe.codes, device=codes.device).argsort()
-    for span, groups, code, _ in group_chunks(flat, recipe):
-        w_q.view(-1)[span] = recipe.value(rank_by_code[code.int()], scales[groups]).view(-1)
+    for span, groups, short in group_spans(w_q.numel(), recipe):
+        packed = codes[_packed(span)]
+        code = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: span.stop - span.start]
+        rank = rank_by_code[group_rows(code, recipe, short).int()]
+        w_q.view(-1)[span] = recipe.value(rank, scales[groups]).view(-1)
     return w_q
+
+
+def _packed(span: slice) -> slice:
+    """Where the codes of these weights lie: a span starts with a group, so at an even weight."""
+    return slice(span.start // 2, (span.stop + 1) // 2)
 
 
 @triton.jit
 def _fake_quant_fwd_kernel(
     w_q_ptr,
     w_ptr,
+    w_stride_0,
+    w_stride_1,
+    w_stride_2,
+    w_size_1,
+    w_size_2,
     of_tensor_ptr,
     n,
     KIND: tl.constexpr,
@@ -83,6 +104,7 @@ def _fake_quant_fwd_kernel(
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -90,7 +112,19 @@ def _fake_quant_fwd_kernel(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
-    x = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    addresses = tile_addresses(
+        group,
+        offsets,
+        w_stride_0,
+        w_stride_1,
+        w_stride_2,
+        w_size_1,
+        w_size_2,
+        IN_ROWS,
+        GROUP_SIZE,
+        BLOCK_SIZE,
+    )
+    x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -106,6 +140,11 @@ def _quantize_fwd_kernel(
     codes_ptr,
     scales_ptr,
     w_ptr,
+    w_stride_0,
+    w_stride_1,
+    w_stride_2,
+    w_size_1,
+    w_size_2,
     of_tensor_ptr,
     n,
     KIND: tl.constexpr,
@@ -117,6 +156,7 @@ def _quantize_fwd_kernel(
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -124,7 +164,19 @@ def _quantize_fwd_kernel(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
-    x = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    addresses = tile_addresses(
+        group,
+        offsets,
+        w_stride_0,
+        w_stride_1,
+        w_stride_2,
+        w_size_1,
+        w_size_2,
+        IN_ROWS,
+        GROUP_SIZE,
+        BLOCK_SIZE,
+    )
+    x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -147,7 +199,10 @@ def _quantize_fwd_kernel(
 def _dequantize_fwd_kernel(
     w_q_ptr,
     codes_ptr,
+    codes_stride,
     scales_ptr,
+    scales_stride_0,
+    scales_stride_1,
     n,
     KIND: tl.constexpr,
     LEVELS_BY_CODE: tl.constexpr,
@@ -161,7 +216,7 @@ def _dequantize_fwd_kernel(
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
     first = group * GROUP_SIZE + 2 * pair
     pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
-    packed = tl.load(codes_ptr + first // 2, mask=pair_mask, other=0).to(tl.int32)
+    packed = tl.load(codes_ptr + first // 2 * codes_stride, mask=pair_mask, other=0).to(tl.int32)
     code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
     level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
     for i in tl.static_range(1, 16):
@@ -169,8 +224,9 @@ def _dequantize_fwd_kernel(
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
-    scale = tl.load(scales_ptr + N_PARAMS * group, mask=is_group, other=0.0)
-    aux = tl.load(scales_ptr + 2 * group + 1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
+    scales_ptr += group * scales_stride_0
+    scale = tl.load(scales_ptr, mask=is_group, other=0.0)
+    aux = tl.load(scales_ptr + scales_stride_1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
     w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND).to(scale.dtype)
     tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty), mask=mask)
 
@@ -180,17 +236,19 @@ def _programs(n: int, constants: dict) -> tuple[int]:
 
 
 def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> torch.Tensor:
-    w = w.contiguous()
-    w_q = torch.empty_like(w)
-    if not w.numel():
+    n = w.numel()
+    w_q = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    if not n:
         return w_q
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, w.numel(), tile)
+    w, layout = strided(w)
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout)
     with torch.cuda.device_of(w):
-        _fake_quant_fwd_kernel[_programs(w.numel(), constants)](
+        _fake_quant_fwd_kernel[_programs(n, constants)](
             w_q,
             w,
-            recipe.fit_tensor(w.view(-1)),
-            w.numel(),
+            *layout,
+            recipe.fit_tensor(w),
+            n,
             LEVELS=recipe.levels,
             **constants,
             **launch_options(constants),
@@ -199,22 +257,23 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
 
 
 def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tuple[torch.Tensor, torch.Tensor]:
-    w = w.contiguous()
     n = w.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    of_tensor = recipe.fit_tensor(w.view(-1))
+    w, layout = strided(w)
+    of_tensor = recipe.fit_tensor(w)
     if recipe.group_size is None and n:
         scales = of_tensor
     else:
         scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     if not n:
         return codes, scales
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile)
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout)
     with torch.cuda.device_of(w):
         _quantize_fwd_kernel[_programs(n, constants)](
             codes,
             scales,
             w,
+            *layout,
             of_tensor,
             n,
             CODES=recipe.codes,
@@ -239,12 +298,15 @@ def _dequantize_triton(
         return w_q
     constants = tile_constants(recipe, w_q.numel(), tile)
     options = launch_options(constants)
-    del constants["HAS_SHORT"]
+    del constants["HAS_SHORT"], constants["IN_ROWS"]
     with torch.cuda.device_of(codes):
         _dequantize_fwd_kernel[_programs(w_q.numel(), constants)](
             w_q,
-            codes.contiguous(),
-            scales.contiguous(),
+            codes,
+            codes.stride(0),
+            scales,
+            scales.stride(0),
+            scales.stride(1) if scales.dim() == 2 else None,
             w_q.numel(),
             KIND=recipe.kind,
             N_PARAMS=recipe.n_params,

@@ -15,16 +15,37 @@ NaN; an infinity makes them infinite, and its group dequantizes to NaN and infin
 is said with each recipe.
 """
 
+import functools
 from dataclasses import replace
 
 from . import codebook, integer
-from .base import WEIGHT_DTYPES, Format, check_shape, check_weight, group_chunks, in_words
+from .base import (
+    WEIGHT_DTYPES,
+    Format,
+    check_shape,
+    check_weight,
+    group_chunks,
+    group_rows,
+    group_spans,
+    in_words,
+)
 
-__all__ = ["FORMATS", "WEIGHT_DTYPES", "Format", "check_shape", "check_weight", "get_format", "group_chunks"]
+__all__ = [
+    "FORMATS",
+    "WEIGHT_DTYPES",
+    "Format",
+    "check_shape",
+    "check_weight",
+    "get_format",
+    "group_chunks",
+    "group_rows",
+    "group_spans",
+]
 
 FORMATS: dict[str, Format] = {recipe.name: recipe for family in (codebook, integer) for recipe in family.RECIPES}
 
 
+@functools.lru_cache
 def get_format(format: str, group_size: int | None = None) -> Format:
     """The recipe of that name, with the group size that the name (``ct-int4-sym@64``) or the argument gives.
 
