@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 
+from ._sharding import admit_dtensors
 from ._triton import abs_bits, tl, triton
 from .formats import Format, check_weight, get_format, group_chunks
 from .formats.tiles import (
@@ -357,12 +358,14 @@ def _bucket_compare_triton(
     return counts, sums[:, :2].sum(dim=0, dtype=torch.float64), sums[:, 2].view(torch.int32).amax(), group_same
 
 
+# Among a DTensor's arguments only those from the first integer on tell one sharding from another: the format
+# comes after the group size.
 @torch.library.custom_op("quail::bucket_compare", mutates_args=(), device_types="cpu")
 def _bucket_compare_op(
     before: torch.Tensor,
     after: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shared_scales: bool,
     per_group: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -373,8 +376,8 @@ def _bucket_compare_op(
 def _(
     before: torch.Tensor,
     after: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shared_scales: bool,
     per_group: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -385,8 +388,8 @@ def _(
 def _(
     before: torch.Tensor,
     after: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shared_scales: bool,
     per_group: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -437,9 +440,9 @@ def bucket_compare(
             raise ValueError(f"w_after: expected the {name} of w_before, {expected}; got {got}")
     if scales not in ("own", "before"):
         raise ValueError(f"scales: expected 'own' or 'before'; got {scales!r}")
-    counts, sums, top, group_same = _bucket_compare_op(
-        w_before.detach(), w_after.detach(), format, group_size, scales == "before", per_group
-    )
+    has_dtensors = admit_dtensors(w_before, w_after)
+    parts = _bucket_compare_op(w_before.detach(), w_after.detach(), group_size, format, scales == "before", per_group)
+    counts, sums, top, group_same = (part.full_tensor() for part in parts) if has_dtensors else parts
     n, groups = w_before.numel(), recipe.groups(w_before.numel())
     group_total = None
     if per_group:

@@ -14,8 +14,11 @@ fake_quant reads each weight once and writes it once. A recipe with one group fo
 formats.py.
 """
 
+import math
+
 import torch
 
+from ._sharding import admit_dtensors
 from ._triton import tl, triton
 from .formats import (
     WEIGHT_DTYPES,
@@ -317,18 +320,20 @@ def _dequantize_triton(
     return w_q
 
 
+# Among a DTensor's arguments only those from the first integer on tell one sharding from another: the format
+# comes after the group size.
 @torch.library.custom_op("quail::fake_quant", mutates_args=(), device_types="cpu")
-def _fake_quant_op(w: torch.Tensor, format: str, group_size: int | None) -> torch.Tensor:
+def _fake_quant_op(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
     return _fake_quant_torch(w, get_format(format, group_size))
 
 
 @_fake_quant_op.register_kernel("cuda")
-def _(w: torch.Tensor, format: str, group_size: int | None) -> torch.Tensor:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
     return _fake_quant_triton(w, get_format(format, group_size))
 
 
 @_fake_quant_op.register_fake
-def _(w: torch.Tensor, format: str, group_size: int | None) -> torch.Tensor:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
     return w.new_empty(w.shape)
 
 
@@ -336,17 +341,17 @@ _fake_quant_op.register_autograd(lambda ctx, grad: (grad, None, None))
 
 
 @torch.library.custom_op("quail::quantize", mutates_args=(), device_types="cpu")
-def _quantize_op(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_op(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize_torch(w, get_format(format, group_size))
 
 
 @_quantize_op.register_kernel("cuda")
-def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize_triton(w, get_format(format, group_size))
 
 
 @_quantize_op.register_fake
-def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     recipe = get_format(format, group_size)
     codes = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
     return codes, w.new_empty(recipe.params_shape(w.numel()), dtype=recipe.params_dtype(w.dtype))
@@ -356,8 +361,8 @@ def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tenso
 def _dequantize_op(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -368,8 +373,8 @@ def _dequantize_op(
 def _(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -380,8 +385,8 @@ def _(
 def _(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -405,7 +410,8 @@ def fake_quant(w: torch.Tensor, format: str, group_size: int | None = None) -> t
             dimension where it has to, or another dtype.
     """
     check_weight("w", w, get_format(format, group_size))
-    return _fake_quant_op(w, format, group_size)
+    admit_dtensors(w)
+    return _fake_quant_op(w, group_size, format)
 
 
 def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,7 +426,8 @@ def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tup
             (``ct-int4-sym``), or fp32 [groups, 2] = (step, minimum) (``minmax-int4``).
     """
     check_weight("w", w, get_format(format, group_size))
-    return _quantize_op(w.detach(), format, group_size)
+    admit_dtensors(w)
+    return _quantize_op(w.detach(), group_size, format)
 
 
 def dequantize(
@@ -439,15 +446,15 @@ def dequantize(
             shape.
     """
     recipe = get_format(format, group_size)
-    shape = torch.Size(shape)
     check_shape("shape", shape, recipe)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16; got {dtype}")
-    n = shape.numel()
+    n = math.prod(shape)
     if codes.dtype != torch.uint8 or codes.shape != ((n + 1) // 2,):
         got = f"{codes.dtype} {list(codes.shape)}"
         raise ValueError(f"codes: expected torch.uint8 [{(n + 1) // 2}] for shape {tuple(shape)}; got {got}")
     if scales.dtype not in WEIGHT_DTYPES or scales.shape != recipe.params_shape(n):
         expected = f"floating-point {list(recipe.params_shape(n))} for {n} weights in {recipe}"
         raise ValueError(f"scales: expected {expected}; got {scales.dtype} {list(scales.shape)}")
-    return _dequantize_op(codes.detach(), scales.detach(), format, group_size, shape, dtype)
+    admit_dtensors(codes, scales)
+    return _dequantize_op(codes.detach(), scales.detach(), group_size, format, list(shape), dtype)

@@ -18,6 +18,8 @@ is said with each recipe.
 import functools
 from dataclasses import replace
 
+import torch
+
 from . import codebook, integer
 from .base import (
     WEIGHT_DTYPES,
@@ -45,12 +47,16 @@ __all__ = [
 FORMATS: dict[str, Format] = {recipe.name: recipe for family in (codebook, integer) for recipe in family.RECIPES}
 
 
-@functools.lru_cache
 def get_format(format: str, group_size: int | None = None) -> Format:
     """The recipe of that name, with the group size that the name (``ct-int4-sym@64``) or the argument gives.
 
     Raises ValueError where the name is unknown, the size is not legal for it, or the two sizes differ.
     """
+    # torch.compile looks through the cache, with a warning.
+    return (_parse if torch.compiler.is_compiling() else _parse_once)(format, group_size)
+
+
+def _parse(format: str, group_size: int | None) -> Format:
     name, at, size = format.partition("@")
     if name not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, optionally with @group_size; got {format!r}")
@@ -66,3 +72,7 @@ def get_format(format: str, group_size: int | None = None) -> Format:
     if group_size not in recipe.legal_group_sizes:
         raise ValueError(f"group_size: expected {in_words(recipe.legal_group_sizes)} for {name}; got {group_size}")
     return replace(recipe, group_size=group_size)
+
+
+# A recipe reckons its tables once: one that is made anew with every call costs a millisecond.
+_parse_once = functools.lru_cache(_parse)
