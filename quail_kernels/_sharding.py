@@ -15,11 +15,14 @@ from .formats import Format, get_format
 def admit_dtensors(*tensors: torch.Tensor) -> bool:
     """Gives the ops their sharding rules where one of these is a DTensor, and says whether one is.
 
-    To import DTensor takes longer than to import this package, so it is left to who has one.
+    To import DTensor takes longer than to import this package, so it is left to who has one. torch.compile cannot
+    trace the registration: a compiled function finds it done if DTensor was imported before this package, or if
+    an op has run on a DTensor.
     """
     if not any(hasattr(tensor, "device_mesh") for tensor in tensors):
         return False
-    _register_rules()
+    if not torch.compiler.is_compiling():
+        register_rules()
     return True
 
 
@@ -38,7 +41,7 @@ def _keeps_groups(w, recipe: Format, dim: int, evenly: bool) -> bool:
 
 
 @functools.cache
-def _register_rules() -> None:
+def register_rules() -> None:
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 

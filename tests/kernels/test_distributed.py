@@ -149,6 +149,19 @@ def formats_in_turn(_):
         assert torch.equal(fake_quant(sharded, "ct-int4-sym", size).full_tensor(), fake_quant(w, "ct-int4-sym", size))
 
 
+def compiled(_):
+    from torch.distributed.tensor import Shard
+
+    def step(before, after):
+        return fake_quant(before, "bnb-nf4") * 2, bucket_compare(before, after, "bnb-nf4").code_distance
+
+    before, after = weights(8, 384), weights(8, 384, seed=1)
+    sharded = shard(before, Shard(0)), shard(after, Shard(0))
+    w_q, distance = torch.compile(step, fullgraph=True, backend="aot_eager")(*sharded)
+    expected, expected_distance = step(before, after)
+    assert torch.equal(w_q.full_tensor(), expected) and torch.equal(distance, expected_distance)
+
+
 def fully_sharded_training(_):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
@@ -193,6 +206,7 @@ CASES = {
         (nan_of_one_rank, FORMATS),
         (mesh_of_two_dimensions, ["bnb-nf4"]),
         (formats_in_turn, ["all"]),
+        (compiled, ["bnb-nf4"]),
         (fully_sharded_training, ["bnb-nf4"]),
     )
     for format in formats
@@ -210,22 +224,24 @@ def run_cases(rank, folder):
             results[name] = "passed"
         except Exception:
             results[name] = traceback.format_exc()
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+        Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)
 
 
+def environment():
+    return os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in range(RANKS):
         log = (folder / f"{rank}.log").open("w")
         command = [sys.executable, __file__, str(rank), str(folder)]
-        ranks.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        ranks.append(subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT))
     try:
         for process in ranks:
             process.wait(timeout=300)
@@ -233,15 +249,51 @@ def results(tmp_path_factory):
         for process in ranks:
             process.kill()
     written = [folder / f"{rank}.json" for rank in range(RANKS)]
-    for rank, file in enumerate(written):
-        assert file.exists(), (folder / f"{rank}.log").read_text()[-4000:]
-    return [json.loads(file.read_text()) for file in written]
+    logs = [(folder / f"{rank}.log").read_text()[-4000:] for rank in range(RANKS)]
+    return [
+        (json.loads(file.read_text()) if file.exists() else {}, log) for file, log in zip(written, logs, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_agree_with_the_whole_tensor(case, results):
-    for rank, result in enumerate(results):
-        assert result[case] == "passed", f"rank {rank}:\n{result[case]}"
+    for rank, (result, log) in enumerate(results):
+        got = result.get(case, f"not reached\n{log}")
+        assert got == "passed", f"rank {rank}:\n{got}"
+
+
+def run(program):
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "passed", done.stderr
+
+
+def test_importing_the_package_does_not_import_dtensor():
+    run("""
+import sys
+import torch
+before = "torch.distributed.tensor" in sys.modules
+import quail_kernels
+assert before == ("torch.distributed.tensor" in sys.modules)
+print("passed", end="")
+""")
+
+
+def test_compiled_code_has_the_rules_where_dtensor_was_imported_first():
+    run("""
+import os, sys
+import torch, torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from quail_kernels import fake_quant
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+w = torch.randn(8, 384)
+sharded = distribute_tensor(w, init_device_mesh("cpu", (1,)), [Shard(0)])
+w_q = torch.compile(lambda w: fake_quant(w, "bnb-nf4"), fullgraph=True, backend="aot_eager")(sharded)
+assert torch.equal(w_q.full_tensor(), fake_quant(w, "bnb-nf4"))
+print("passed", end="", flush=True)
+os._exit(0)
+""")
 
 
 if __name__ == "__main__":
