@@ -230,6 +230,8 @@ def _bucket_compare_fwd_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of a
+    thousand pairs or more, and 4 a group with PER_GROUP."""
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
@@ -417,16 +419,21 @@ def bucket_compare(
 
     Args:
         w_before, w_after: float32, bfloat16 or float16, of one shape, dtype and device. Cast to the dtype of
-            the deployment first: fp32 master weights are not what it sees. A tensor that is not contiguous
-            is copied.
+            the deployment first: fp32 master weights are not what it sees. Strides may differ, and are read in
+            place up to three dimensions that do not merge.
         format: a recipe of formats.py, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
         group_size: the group size, unless ``format`` says it; None takes the recipe's default.
         scales: ``"own"`` fits each tensor's scales, ``"before"`` uses those of w_before for both.
         per_group: also count the weights in the same bucket for each group.
 
     Returns:
-        A BucketComparison. A weight that is NaN or whose change is, makes the sums and the maximum NaN,
-        equals no value, and counts in the bucket that its recipe gives to NaN.
+        A BucketComparison. A weight that is NaN or infinite makes the sum and the maximum of |dw| NaN or infinite,
+        NaN where both tensors have an infinity there. It counts in the bucket that its recipe gives to it; the
+        value of its group is then NaN or infinite on its own scales, and NaN equals no value. Under
+        ``scales="before"`` a NaN of w_after alone has the value of its bucket.
+        Of DTensors it holds plain tensors, the same on every rank: what the ranks counted of their shards is
+        added up at once. Where groups straddle shards, or the recipe looks at the whole tensor, the weights are
+        gathered first.
 
     Raises:
         ValueError: on an unknown format or option, a group size that is not legal for it or does not divide
