@@ -1,5 +1,8 @@
 """Fused Triton kernels for unlearning that survives 4-bit quantization, with PyTorch references."""
 
+import sys
+
+from ._sharding import register_rules
 from .bucket_compare import BucketComparison, bucket_compare
 from .fake_quant import dequantize, fake_quant, quantize
 from .formats import FORMATS, get_format
@@ -18,3 +21,6 @@ __all__ = [
     "logit_margin_hinge",
     "quantize",
 ]
+
+if "torch.distributed.tensor" in sys.modules:
+    register_rules()

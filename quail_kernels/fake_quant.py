@@ -18,10 +18,22 @@ import math
 
 import torch
 
+from ._sharding import admit_dtensors
 from ._triton import tl, triton
-from .formats import WEIGHT_DTYPES, Format, check_shape, check_weight, get_format, group_chunks
+from .formats import (
+    WEIGHT_DTYPES,
+    Format,
+    check_shape,
+    check_weight,
+    get_format,
+    group_chunks,
+    group_rows,
+    group_spans,
+)
 from .formats.tiles import (
     launch_options,
+    strided,
+    tile_addresses,
     tile_constants,
     tile_entry,
     tile_fit,
@@ -35,45 +47,57 @@ _TILE = 2048
 
 
 def _fake_quant_torch(w: torch.Tensor, recipe: Format) -> torch.Tensor:
-    flat = w.reshape(-1)
     w_q = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    of_tensor = recipe.fit_tensor(flat)
-    for span, _, x, short in group_chunks(flat, recipe):
+    of_tensor = recipe.fit_tensor(w)
+    for span, _, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
         w_q.view(-1)[span] = recipe.value(recipe.rank(x, params, short), params).view(-1)
     return w_q
 
 
 def _quantize_torch(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = w.reshape(-1)
-    n = flat.numel()
-    of_tensor = recipe.fit_tensor(flat)
-    codes = torch.full((n + n % 2,), recipe.pad_code, dtype=torch.uint8, device=w.device)
+    n = w.numel()
+    of_tensor = recipe.fit_tensor(w)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     code_by_rank = torch.tensor(recipe.codes, dtype=torch.uint8, device=w.device)
-    for span, groups, x, short in group_chunks(flat, recipe):
+    for span, groups, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
         scales[groups] = params
-        codes[span] = code_by_rank[recipe.rank(x, params, short)].view(-1)
-    return codes[0::2] << 4 | codes[1::2], scales
+        code = code_by_rank[recipe.rank(x, params, short)].view(-1)
+        if len(code) % 2:
+            code = torch.cat([code, code.new_tensor([recipe.pad_code])])
+        codes[_packed(span)] = code[0::2] << 4 | code[1::2]
+    return codes, scales
 
 
 def _dequantize_torch(
     codes: torch.Tensor, scales: torch.Tensor, recipe: Format, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
-    n = math.prod(shape)
-    flat = torch.stack([codes >> 4, codes & 15], dim=1).view(-1)[:n]
     w_q = torch.empty(shape, dtype=dtype, device=codes.device)
     rank_by_code = torch.tensor(recipe.codes, device=codes.device).argsort()
-    for span, groups, code, _ in group_chunks(flat, recipe):
-        w_q.view(-1)[span] = recipe.value(rank_by_code[code.int()], scales[groups]).view(-1)
+    for span, groups, short in group_spans(w_q.numel(), recipe):
+        packed = codes[_packed(span)]
+        code = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: span.stop - span.start]
+        rank = rank_by_code[group_rows(code, recipe, short).int()]
+        w_q.view(-1)[span] = recipe.value(rank, scales[groups]).view(-1)
     return w_q
+
+
+def _packed(span: slice) -> slice:
+    """Where the codes of these weights lie: a span starts with a group, so at an even weight."""
+    return slice(span.start // 2, (span.stop + 1) // 2)
 
 
 @triton.jit
 def _fake_quant_fwd_kernel(
     w_q_ptr,
     w_ptr,
+    w_stride_0,
+    w_stride_1,
+    w_stride_2,
+    w_size_1,
+    w_size_2,
     of_tensor_ptr,
     n,
     KIND: tl.constexpr,
@@ -83,14 +107,28 @@ def _fake_quant_fwd_kernel(
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
-    x = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    addresses = tile_addresses(
+        group,
+        offsets,
+        w_stride_0,
+        w_stride_1,
+        w_stride_2,
+        w_size_1,
+        w_size_2,
+        IN_ROWS,
+        GROUP_SIZE,
+        BLOCK_SIZE,
+    )
+    x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -106,6 +144,11 @@ def _quantize_fwd_kernel(
     codes_ptr,
     scales_ptr,
     w_ptr,
+    w_stride_0,
+    w_stride_1,
+    w_stride_2,
+    w_size_1,
+    w_size_2,
     of_tensor_ptr,
     n,
     KIND: tl.constexpr,
@@ -117,14 +160,29 @@ def _quantize_fwd_kernel(
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
+    weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
-    x = tl.load(w_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    addresses = tile_addresses(
+        group,
+        offsets,
+        w_stride_0,
+        w_stride_1,
+        w_stride_2,
+        w_size_1,
+        w_size_2,
+        IN_ROWS,
+        GROUP_SIZE,
+        BLOCK_SIZE,
+    )
+    x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -147,7 +205,10 @@ def _quantize_fwd_kernel(
 def _dequantize_fwd_kernel(
     w_q_ptr,
     codes_ptr,
+    codes_stride,
     scales_ptr,
+    scales_stride_0,
+    scales_stride_1,
     n,
     KIND: tl.constexpr,
     LEVELS_BY_CODE: tl.constexpr,
@@ -157,11 +218,13 @@ def _dequantize_fwd_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+    """Reads half a byte a weight and the parameters of its group, and writes the weight: in bf16 2.5 bytes a weight,
+    and what ``_quantize_fwd_kernel`` writes a group."""
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
     first = group * GROUP_SIZE + 2 * pair
     pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
-    packed = tl.load(codes_ptr + first // 2, mask=pair_mask, other=0).to(tl.int32)
+    packed = tl.load(codes_ptr + first // 2 * codes_stride, mask=pair_mask, other=0).to(tl.int32)
     code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
     level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
     for i in tl.static_range(1, 16):
@@ -169,8 +232,9 @@ def _dequantize_fwd_kernel(
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
-    scale = tl.load(scales_ptr + N_PARAMS * group, mask=is_group, other=0.0)
-    aux = tl.load(scales_ptr + 2 * group + 1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
+    scales_ptr += group * scales_stride_0
+    scale = tl.load(scales_ptr, mask=is_group, other=0.0)
+    aux = tl.load(scales_ptr + scales_stride_1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
     w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND).to(scale.dtype)
     tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty), mask=mask)
 
@@ -180,17 +244,19 @@ def _programs(n: int, constants: dict) -> tuple[int]:
 
 
 def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> torch.Tensor:
-    w = w.contiguous()
-    w_q = torch.empty_like(w)
-    if not w.numel():
+    n = w.numel()
+    w_q = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    if not n:
         return w_q
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, w.numel(), tile)
+    w, layout = strided(w)
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout)
     with torch.cuda.device_of(w):
-        _fake_quant_fwd_kernel[_programs(w.numel(), constants)](
+        _fake_quant_fwd_kernel[_programs(n, constants)](
             w_q,
             w,
-            recipe.fit_tensor(w.view(-1)),
-            w.numel(),
+            *layout,
+            recipe.fit_tensor(w),
+            n,
             LEVELS=recipe.levels,
             **constants,
             **launch_options(constants),
@@ -199,22 +265,23 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
 
 
 def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tuple[torch.Tensor, torch.Tensor]:
-    w = w.contiguous()
     n = w.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    of_tensor = recipe.fit_tensor(w.view(-1))
+    w, layout = strided(w)
+    of_tensor = recipe.fit_tensor(w)
     if recipe.group_size is None and n:
         scales = of_tensor
     else:
         scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     if not n:
         return codes, scales
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile)
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout)
     with torch.cuda.device_of(w):
         _quantize_fwd_kernel[_programs(n, constants)](
             codes,
             scales,
             w,
+            *layout,
             of_tensor,
             n,
             CODES=recipe.codes,
@@ -239,12 +306,15 @@ def _dequantize_triton(
         return w_q
     constants = tile_constants(recipe, w_q.numel(), tile)
     options = launch_options(constants)
-    del constants["HAS_SHORT"]
+    del constants["HAS_SHORT"], constants["IN_ROWS"]
     with torch.cuda.device_of(codes):
         _dequantize_fwd_kernel[_programs(w_q.numel(), constants)](
             w_q,
-            codes.contiguous(),
-            scales.contiguous(),
+            codes,
+            codes.stride(0),
+            scales,
+            scales.stride(0),
+            scales.stride(1) if scales.dim() == 2 else None,
             w_q.numel(),
             KIND=recipe.kind,
             N_PARAMS=recipe.n_params,
@@ -255,18 +325,20 @@ def _dequantize_triton(
     return w_q
 
 
+# Among a DTensor's arguments only those from the first integer on tell one sharding from another: the format
+# comes after the group size.
 @torch.library.custom_op("quail::fake_quant", mutates_args=(), device_types="cpu")
-def _fake_quant_op(w: torch.Tensor, format: str, group_size: int | None) -> torch.Tensor:
+def _fake_quant_op(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
     return _fake_quant_torch(w, get_format(format, group_size))
 
 
 @_fake_quant_op.register_kernel("cuda")
-def _(w: torch.Tensor, format: str, group_size: int | None) -> torch.Tensor:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
     return _fake_quant_triton(w, get_format(format, group_size))
 
 
 @_fake_quant_op.register_fake
-def _(w: torch.Tensor, format: str, group_size: int | None) -> torch.Tensor:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
     return w.new_empty(w.shape)
 
 
@@ -274,17 +346,17 @@ _fake_quant_op.register_autograd(lambda ctx, grad: (grad, None, None))
 
 
 @torch.library.custom_op("quail::quantize", mutates_args=(), device_types="cpu")
-def _quantize_op(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_op(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize_torch(w, get_format(format, group_size))
 
 
 @_quantize_op.register_kernel("cuda")
-def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize_triton(w, get_format(format, group_size))
 
 
 @_quantize_op.register_fake
-def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     recipe = get_format(format, group_size)
     codes = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
     return codes, w.new_empty(recipe.params_shape(w.numel()), dtype=recipe.params_dtype(w.dtype))
@@ -294,8 +366,8 @@ def _(w: torch.Tensor, format: str, group_size: int | None) -> tuple[torch.Tenso
 def _dequantize_op(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -306,8 +378,8 @@ def _dequantize_op(
 def _(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -318,8 +390,8 @@ def _(
 def _(
     codes: torch.Tensor,
     scales: torch.Tensor,
-    format: str,
     group_size: int | None,
+    format: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -330,26 +402,33 @@ def fake_quant(w: torch.Tensor, format: str, group_size: int | None = None) -> t
     """The weights that a deployment of ``w`` in ``format`` would compute with.
 
     Args:
-        w: float32, bfloat16 or float16, any shape, on the CPU or on CUDA. Groups are cut from the flattened
-            contiguous tensor: a weight that is not contiguous is copied first.
+        w: float32, bfloat16 or float16, any shape, on the CPU or on CUDA. Groups are cut from the tensor as
+            flattening orders it, whatever its strides. It is read in place, 128 bits at a time where its innermost
+            dimension is contiguous, aligned and whole groups long; a transposed one costs more than its bytes.
+            Only a weight of more than three dimensions that do not merge is copied.
         format: a recipe of formats.py, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
         group_size: the group size, unless ``format`` says it; None takes the recipe's default.
 
     Returns:
-        A contiguous tensor of w's shape and dtype. Its gradient goes to ``w`` unchanged.
+        A contiguous tensor of w's shape and dtype. Its gradient goes to ``w`` unchanged. A NaN in w makes its group
+        NaN; an infinity becomes no number, and what it makes of its group is said with each recipe. Of a DTensor,
+        a DTensor: sharded as it was where no group straddles ranks and the recipe does not look at the whole
+        tensor, gathered first where not.
 
     Raises:
         ValueError: on an unknown format, a group size that is not legal for it or does not divide the last
             dimension where it has to, or another dtype.
     """
     check_weight("w", w, get_format(format, group_size))
-    return _fake_quant_op(w, format, group_size)
+    admit_dtensors(w)
+    return _fake_quant_op(w, group_size, format)
 
 
 def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The 4-bit codes and the scales of ``w``: what a deployment would store.
 
-    Takes and refuses what ``fake_quant`` does. Not differentiable.
+    Takes and refuses what ``fake_quant`` does. Not differentiable. A DTensor gives DTensors, sharded where its first
+    dimension is, evenly, and no group straddles ranks.
 
     Returns:
         codes: uint8 [ceil(n / 2)], the first of two weights in the high nibble; an odd tail is filled with
@@ -358,7 +437,8 @@ def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tup
             (``ct-int4-sym``), or fp32 [groups, 2] = (step, minimum) (``minmax-int4``).
     """
     check_weight("w", w, get_format(format, group_size))
-    return _quantize_op(w.detach(), format, group_size)
+    admit_dtensors(w)
+    return _quantize_op(w.detach(), group_size, format)
 
 
 def dequantize(
@@ -372,20 +452,22 @@ def dequantize(
 ) -> torch.Tensor:
     """The weights that these codes and scales of ``quantize`` stand for, in that shape and dtype.
 
+    Codes and scales may be strided; DTensors are gathered first.
+
     Raises:
         ValueError: where the format is unknown, or codes and scales are not what ``quantize`` gives for that
             shape.
     """
     recipe = get_format(format, group_size)
-    shape = torch.Size(shape)
     check_shape("shape", shape, recipe)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16; got {dtype}")
-    n = shape.numel()
+    n = math.prod(shape)
     if codes.dtype != torch.uint8 or codes.shape != ((n + 1) // 2,):
         got = f"{codes.dtype} {list(codes.shape)}"
         raise ValueError(f"codes: expected torch.uint8 [{(n + 1) // 2}] for shape {tuple(shape)}; got {got}")
     if scales.dtype not in WEIGHT_DTYPES or scales.shape != recipe.params_shape(n):
         expected = f"floating-point {list(recipe.params_shape(n))} for {n} weights in {recipe}"
         raise ValueError(f"scales: expected {expected}; got {scales.dtype} {list(scales.shape)}")
-    return _dequantize_op(codes.detach(), scales.detach(), format, group_size, shape, dtype)
+    admit_dtensors(codes, scales)
+    return _dequantize_op(codes.detach(), scales.detach(), group_size, format, list(shape), dtype)

@@ -15,12 +15,34 @@ NaN; an infinity makes them infinite, and its group dequantizes to NaN and infin
 is said with each recipe.
 """
 
+import functools
 from dataclasses import replace
 
-from . import codebook, integer
-from .base import WEIGHT_DTYPES, Format, check_shape, check_weight, group_chunks, in_words
+import torch
 
-__all__ = ["FORMATS", "WEIGHT_DTYPES", "Format", "check_shape", "check_weight", "get_format", "group_chunks"]
+from . import codebook, integer
+from .base import (
+    WEIGHT_DTYPES,
+    Format,
+    check_shape,
+    check_weight,
+    group_chunks,
+    group_rows,
+    group_spans,
+    in_words,
+)
+
+__all__ = [
+    "FORMATS",
+    "WEIGHT_DTYPES",
+    "Format",
+    "check_shape",
+    "check_weight",
+    "get_format",
+    "group_chunks",
+    "group_rows",
+    "group_spans",
+]
 
 FORMATS: dict[str, Format] = {recipe.name: recipe for family in (codebook, integer) for recipe in family.RECIPES}
 
@@ -30,6 +52,11 @@ def get_format(format: str, group_size: int | None = None) -> Format:
 
     Raises ValueError where the name is unknown, the size is not legal for it, or the two sizes differ.
     """
+    # torch.compile looks through the cache, with a warning.
+    return (_parse if torch.compiler.is_compiling() else _parse_once)(format, group_size)
+
+
+def _parse(format: str, group_size: int | None) -> Format:
     name, at, size = format.partition("@")
     if name not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, optionally with @group_size; got {format!r}")
@@ -45,3 +72,7 @@ def get_format(format: str, group_size: int | None = None) -> Format:
     if group_size not in recipe.legal_group_sizes:
         raise ValueError(f"group_size: expected {in_words(recipe.legal_group_sizes)} for {name}; got {group_size}")
     return replace(recipe, group_size=group_size)
+
+
+# A recipe reckons its tables once: one that is made anew with every call costs a millisecond.
+_parse_once = functools.lru_cache(_parse)

@@ -55,9 +55,14 @@ class Format:
     def params_shape(self, n: int) -> tuple[int, ...]:
         return (self.groups(n), self.n_params) if self.n_params > 1 else (self.groups(n),)
 
-    def fit_tensor(self, flat: torch.Tensor) -> torch.Tensor | None:
-        """What groups need to know of the whole tensor: for a whole-tensor group its parameters, else None."""
-        return self.fit(flat.view(1, -1), False, None) if self.group_size is None and flat.numel() else None
+    def fit_tensor(self, w: torch.Tensor) -> torch.Tensor | None:
+        """What groups need to know of the whole tensor: for a whole-tensor group its parameters, else None.
+
+        ``w`` has any shape and strides. What a rule can ask of it is its smallest and its largest weight.
+        """
+        if self.group_size is not None or not w.numel():
+            return None
+        return self.fit(torch.stack(tensor_range(w))[None], False, None)
 
     def params(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         """The parameters of these groups, which are pieces of one where it is the whole tensor."""
@@ -90,24 +95,57 @@ def check_shape(name: str, shape: torch.Size, recipe: Format) -> None:
             raise ValueError(f"{name}: expected {expected}; got shape {tuple(shape)}")
 
 
-def group_chunks(flat: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice, torch.Tensor, bool]]:
-    """About a million weights at a time: (slice of weights, slice of groups, [groups, group_size] view,
-    short).
+def tensor_range(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest element in w's dtype, both NaN where one is; nothing of w's size is made."""
+    if w.is_contiguous():
+        return torch.aminmax(w)
+    # Without a dimension PyTorch would copy what is not contiguous.
+    low, high = torch.aminmax(w, dim=max(range(w.dim()), key=w.shape.__getitem__))
+    return low.amin(), high.amax()
+
+
+def group_spans(n: int, recipe: Format) -> Iterator[tuple[slice, slice, bool]]:
+    """The groups of n weights, about a million weights at a time: (slice of weights, slice of groups, short).
 
     It bounds the temporaries of the references. The short last group comes alone; a whole-tensor group comes
-    in pieces, each as one row.
+    in pieces.
     """
-    n = flat.numel()
     size = recipe.group_size or _CHUNK
     full = n // size * size
     stride = max(_CHUNK // size, 1) * size
     for start in range(0, full, stride):
         span = slice(start, min(start + stride, full))
         groups = slice(0, 1) if recipe.group_size is None else slice(span.start // size, span.stop // size)
-        yield span, groups, flat[span].view(-1, size), False
+        yield span, groups, False
     if full < n:
         groups = slice(0, 1) if recipe.group_size is None else slice(full // size, full // size + 1)
-        yield slice(full, n), groups, flat[full:].view(1, -1), True
+        yield slice(full, n), groups, True
+
+
+def group_rows(flat: torch.Tensor, recipe: Format, short: bool) -> torch.Tensor:
+    """The weights of a span with their groups as rows, a piece of a whole-tensor group as one."""
+    return flat.view(1, -1) if short else flat.view(-1, recipe.group_size or _CHUNK)
+
+
+def flat_part(w: torch.Tensor, span: slice) -> torch.Tensor:
+    """``w.reshape(-1)[span]``, contiguous; of a ``w`` that is not, no more than that is copied."""
+    if w.is_contiguous():
+        return w.view(-1)[span]
+    if w.dim() == 1:
+        return w[span].contiguous()
+    row = w[0].numel()
+    first, last = span.start // row, (span.stop - 1) // row
+    if first == last:
+        return flat_part(w[first], slice(span.start - first * row, span.stop - first * row))
+    head = flat_part(w[first], slice(span.start - first * row, row))
+    tail = flat_part(w[last], slice(0, span.stop - last * row))
+    return torch.cat([head, w[first + 1 : last].reshape(-1), tail])
+
+
+def group_chunks(w: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice, torch.Tensor, bool]]:
+    """``group_spans`` of w, of any strides: (slice of weights, slice of groups, [groups, group_size], short)."""
+    for span, groups, short in group_spans(w.numel(), recipe):
+        yield span, groups, group_rows(flat_part(w, span), recipe, short), short
 
 
 def table(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:

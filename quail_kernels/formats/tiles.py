@@ -6,6 +6,10 @@ it, and the compiler drops what a kernel does not store. A group's parameters ar
 rule of its KIND, which stands beside the reference of that rule.
 """
 
+import math
+
+import torch
+
 from .._triton import abs_bits, tl, triton
 from .base import Format
 from .codebook import codebook_fit, codebook_position
@@ -20,20 +24,52 @@ from .integer import (
     zero_point_value,
 )
 
+_CONTIGUOUS = (None, None, None, None, None)
 
-def tile_constants(recipe: Format, n: int, tile: int) -> dict:
+
+def strided(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int | None, ...]]:
+    """w, and (stride_0, stride_1, stride_2, size_1, size_2): its elements in flattened order as those of three
+    dimensions at most, which ``tile_addresses`` is given. A leading dimension that there is not is None; all are
+    None where w is contiguous.
+
+    Weights of more than three dimensions that do not merge are copied: no slice, transpose or split of a matrix
+    is among them, and no convolution in channels_last.
+    """
+    if w.is_contiguous():
+        return w, _CONTIGUOUS
+    sizes, strides = [], []
+    for size, stride in zip(w.shape, w.stride(), strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 3:
+        return w.contiguous(), _CONTIGUOUS
+    absent = [None] * (3 - len(sizes))
+    return w, (*absent, *strides, *[None, None, *sizes[1:]][-2:])
+
+
+def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...]) -> dict:
     """How a kernel covers n weights: BLOCK_GROUPS groups of GROUP_SIZE weights, padded to BLOCK_SIZE, a
     program.
 
     ``tile`` is the number of weights that a program aims at. A whole-tensor group is walked in rows of
-    ``tile``.
+    ``tile``, or of what divides both that and the innermost dimension of the ``layouts`` that ``strided`` gave.
     """
     per_tensor = recipe.group_size is None
-    size = tile if per_tensor else recipe.group_size
+    innermost = math.gcd(*(layout[-1] or 0 for layout in layouts))
+    size = math.gcd(tile, innermost) if per_tensor else recipe.group_size
+    if per_tensor and size < 64:
+        size = tile
     padded = 1 << (size - 1).bit_length()
     return {
         "PER_TENSOR": per_tensor,
         "HAS_SHORT": n % size != 0,
+        "IN_ROWS": innermost % size == 0,
         "GROUP_SIZE": size,
         "BLOCK_GROUPS": max(tile // padded, 1),
         "BLOCK_SIZE": padded,
@@ -53,6 +89,44 @@ def tile_offsets(n, GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     offsets = group * GROUP_SIZE + column
     return group, offsets, (column < GROUP_SIZE) & (offsets < n)
+
+
+@triton.jit
+def tile_addresses(
+    group,
+    offsets,
+    stride_0,
+    stride_1,
+    stride_2,
+    size_1,
+    size_2,
+    IN_ROWS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Where the elements ``offsets`` of the flattened tensor lie, from what ``strided`` gave; int64.
+
+    IN_ROWS: no group leaves its row of ``size_2``. Then one division a group does, and the compiler sees that
+    its weights are neighbours.
+    """
+    if stride_2 is None:
+        addresses = offsets
+    elif size_2 is None:
+        addresses = offsets * stride_2
+    else:
+        if IN_ROWS:
+            groups_in_row = size_2 // GROUP_SIZE
+            row = group // groups_in_row
+            column = group % groups_in_row * GROUP_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+        else:
+            row = offsets // size_2
+            column = offsets % size_2
+        if size_1 is None:
+            row_start = row * stride_1
+        else:
+            row_start = row // size_1 * stride_0 + row % size_1 * stride_1
+        addresses = row_start + column * stride_2
+    return addresses
 
 
 @triton.jit

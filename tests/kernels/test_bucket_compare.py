@@ -1,14 +1,19 @@
 import dataclasses
 import math
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import weight_cases
+from hypothesis import given, settings
 from torch.library import opcheck
+from weight_cases import FORMAT_NAMES, LAYOUTS, laid_out
 
 from quail_kernels import bucket_compare, dequantize, fake_quant, get_format, quantize
 
-FORMAT_NAMES = ["bnb-nf4", "bnb-fp4@32", "ct-int4-sym@96", "minmax-int4", "minmax-int4@32"]
+# Those whose definitions ``naive`` has; the others are held to their own reference's parts below.
+DEFINED = ["bnb-nf4", "bnb-fp4@32", "ct-int4-sym@96", "minmax-int4", "minmax-int4@32"]
 # The distinct levels of each codebook: FP4's two zeros are one.
 LEVELS = {
     name: np.unique(np.float32(get_format(name).levels_by_code).astype(np.float64)) for name in ("bnb-nf4", "bnb-fp4")
@@ -88,7 +93,7 @@ def naive(before, after, format, scales):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scales", ["own", "before"])
-@pytest.mark.parametrize("format", FORMAT_NAMES)
+@pytest.mark.parametrize("format", DEFINED)
 def test_against_the_definitions(format, scales, dtype):
     before, after = pair(30, 192, dtype=dtype)
     before[3] = after[3] = 0
@@ -194,38 +199,108 @@ def test_to_dict_holds_every_number():
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_nan_and_infinity_are_seen(format):
-    before, after = pair(4, 192)
-    for bad in (math.nan, math.inf):
+    before, after = pair(4, 384)
+    for bad in (math.nan, math.inf, -math.inf):
         spoiled = after.clone()
         spoiled[1, 3] = bad
-        row = bucket_compare(before, spoiled, format).to_dict()
-        assert not math.isfinite(row["mean_abs_change"]) and not math.isfinite(row["max_abs_change"])
-        assert row["value_overlap"] < 1
+        for tensors in ((before, spoiled), (spoiled, after), (spoiled, spoiled)):
+            for scales in ("own", "before"):
+                row = bucket_compare(*tensors, format, scales=scales).to_dict()
+                # inf - inf is NaN: two infinities are no weight that has not changed.
+                both = math.isnan(bad) or tensors[0] is tensors[1]
+                for name in ("mean_abs_change", "max_abs_change"):
+                    assert math.isnan(row[name]) if both else math.isinf(row[name]), name
+                if math.isnan(bad) or (scales == "own" and tensors[0] is not tensors[1]):
+                    assert row["value_overlap"] < 1
+                assert sum(row["code_distance"]) == row["total"], "and every weight is in a bucket"
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_empty(format):
-    got = bucket_compare(torch.zeros(0, 192), torch.zeros(0, 192), format, per_group=True)
+    got = bucket_compare(torch.zeros(0, 384), torch.zeros(0, 384), format, per_group=True)
     assert got.total == got.groups == 0 and got.code_distance.sum() == 0 and got.group_total.shape == (0,)
     assert got.code_overlap.isnan()
 
 
-def test_not_contiguous_and_two_runs():
-    before, after = pair(128, 192)
-    a, b = (bucket_compare(before.t(), after.t(), "bnb-nf4").to_dict() for _ in range(2))
-    assert a == b == bucket_compare(before.t().contiguous(), after.t().contiguous(), "bnb-nf4").to_dict()
+@settings(max_examples=200, deadline=None)
+@given(weight_cases.weights(), st.sampled_from(LAYOUTS), st.sampled_from([0.0, 1e-3, 1.0]), st.booleans())
+def test_whatever_the_weights_are(case, layout, change, shared):
+    """Strides, of one or of both, change nothing; two runs are one; what it says is what its parts say."""
+    format, before = case
+    noise = weight_cases.normal(*before.shape, dtype=before.dtype, seed=5)
+    after = laid_out(before + change * before.abs() * noise, layout)
+    scales = "before" if shared else "own"
+    got = bucket_compare(before, after, format, scales=scales, per_group=True)
+    again = bucket_compare(before.contiguous(), after.contiguous(), format, scales=scales, per_group=True)
+    for field in dataclasses.fields(got):
+        a, b = (torch.as_tensor(getattr(result, field.name)) for result in (got, again))
+        assert torch.equal(a.nan_to_num(nan=-1), b.nan_to_num(nan=-1)), field.name
+    value = fake_quant(before, format)
+    assert got.on_grid == (value == before).sum()
+    assert got.code_distance.sum() == got.group_total.sum() == got.total == before.numel()
+    assert got.group_same_code.sum() == got.same_code
+    difference = (after.float() - before.float()).abs()
+    if before.numel():
+        assert torch.equal(got.max_abs_change.nan_to_num(nan=-1), difference.double().max().nan_to_num(nan=-1))
+    if not shared:
+        assert got.same_value == (value == fake_quant(after, format)).sum()
 
 
-def test_opcheck_and_compile():
-    before, after = pair(4, 192)
-    for format in FORMAT_NAMES:
-        for shared, per_group in ((False, True), (True, False)):
-            opcheck(torch.ops.quail.bucket_compare.default, (before, after, format, None, shared, per_group))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_opcheck(format, layout):
+    before, after = pair(4, 384)
+    for shared, per_group in ((False, True), (True, False)):
+        arguments = (laid_out(before, layout), after, None, format, shared, per_group)
+        opcheck(torch.ops.quail.bucket_compare.default, arguments)
 
-    def overlap(before, after):
-        return bucket_compare(before, after, "bnb-nf4", per_group=True).code_overlap
 
-    assert torch.compile(overlap, fullgraph=True)(before, after) == overlap(before, after)
+class Overlap(torch.nn.Module):
+    def __init__(self, format):
+        super().__init__()
+        self.format = format
+
+    def forward(self, before, after):
+        got = bucket_compare(before, after, self.format, per_group=True)
+        return (
+            *(got.code_overlap, got.code_distance, got.mean_abs_change, got.max_abs_change),
+            *(got.group_same_code, got.group_total),
+        )
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_export_with_any_number_of_rows(format):
+    step = Overlap(format)
+    # A dimension of one, as the counts of a single group have, is never dynamic: here is more than one.
+    rows = torch.export.Dim("rows", min=22, max=2**20)
+    program = torch.export.export(step, pair(32, 384), dynamic_shapes=({0: rows}, {0: rows}))
+    for n in (23, 64):
+        tensors = pair(n, 384, seed=n)
+        assert all(map(torch.equal, program.module()(*tensors), step(*tensors)))
+
+
+def test_compiles_without_a_graph_break():
+    steps = [Overlap(format) for format in FORMAT_NAMES]
+
+    def outputs(before, after):
+        return [out for step in steps for out in step(before, after)]
+
+    tensors = pair(8, 384)
+    compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(*tensors), outputs(*tensors)))
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_meta_tensors_have_the_shapes_of_real_ones(format):
+    tensors = pair(4, 384)
+    real = bucket_compare(*tensors, format, per_group=True)
+    meta = bucket_compare(*(w.to("meta") for w in tensors), format, per_group=True)
+    for field in dataclasses.fields(real):
+        a, b = getattr(real, field.name), getattr(meta, field.name)
+        if isinstance(a, torch.Tensor):
+            assert b.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype), field.name
+        else:
+            assert a == b, field.name
 
 
 def test_what_is_refused():
