@@ -18,7 +18,7 @@ _DTYPE = torch.bfloat16
 def _eager_quantize(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
     rank, params = ranked(w, recipe)
     codes = torch.tensor(recipe.codes, dtype=torch.uint8, device=w.device)[rank].view(-1)
-    return codes[0::2] << 4 | codes[1::2], params
+    return codes[0::2] << 4 | codes[1::2], params.to(recipe.params_dtype(w.dtype))
 
 
 def _eager_dequantize(
@@ -55,8 +55,8 @@ def _quantized_on_cpu(w: torch.Tensor, format: str) -> tuple[torch.Tensor, ...]:
 
 def _cases(model: Model, format: str, small: bool, headline: bool) -> list[Case]:
     recipe, shape = get_format(format), model.weight(small)
-    n, per_group = prod(shape), len(recipe.fit(torch.ones(1, 2), False).flatten())
-    stored = n // 2 + recipe.groups(n) * per_group * recipe.params_dtype(_DTYPE).itemsize
+    n = prod(shape)
+    stored = n // 2 + prod(recipe.params_shape(n)) * recipe.params_dtype(_DTYPE).itemsize
     common = {
         "variant": format,
         "model": model.name,

@@ -26,8 +26,9 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def ranked(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank [groups, group_size], parameters)."""
-    x = w.reshape(-1, recipe.group_size or w.numel())
-    params = recipe.fit(x, False)
+    flat = w.reshape(-1)
+    x = flat.view(-1, recipe.group_size or flat.numel())
+    params = recipe.params(x, False, recipe.fit_tensor(flat))
     return recipe.rank(x, params, False), params
 
 
