@@ -59,7 +59,7 @@ def rows(vocabulary, dtype=torch.bfloat16, batch=2, tokens=9):
 
 def margin(norm, vocabulary):
     """Between the values that the rows have, so that both branches are taken."""
-    return {"per_logit": 0.1, "l2": 0.27 * vocabulary**0.5 / 2**0.5, "linf": 0.45, "label": 0.1}[norm]
+    return {"per_logit": 0.1, "l2": 0.19 * vocabulary**0.5, "linf": 0.45, "label": 0.1}[norm]
 
 
 def hinge_step(z, ref, labels, **options):
@@ -143,9 +143,13 @@ def every_op(format="bnb-nf4"):
         options = {"margin": margin(norm, 257), "norm": norm, "space": space}
         return lambda z, ref, labels: hinge_step(z, ref, labels, **options)
 
+    def in_place(z, ref, labels):
+        return hinge_step(z.clone(), ref, labels, margin=0.1, inplace_backward=True)
+
     ops = [("fake_quant", train, (weights(),)), ("quantize", round_trip, (weights(),))]
     ops.append(("bucket_compare", compare, pair()))
     ops += [(f"hinge-{norm}-{space}", hinge(norm, space), rows(257)) for norm in NORMS for space in SPACES]
+    ops.append(("hinge-in-place", in_place, rows(257)))
     return [pytest.param(function, tensors, id=name) for name, function, tensors in ops]
 
 
@@ -201,8 +205,8 @@ def test_hinge_errs_no_more_than_pytorch_does(dtype, norm, space, vocabulary):
     z, ref, labels = rows(vocabulary, dtype)
     options = {"margin": margin(norm, vocabulary), "norm": norm, "space": space}
     if norm == "linf":
-        # Half of the rows' largest |d| lie below it.
-        options["margin"] = (z.float() - ref.float()).abs().amax(dim=-1).median().item() * 1.001
+        # Most rows' largest |d| lie below it, by enough for the loss not to be all rounding.
+        options["margin"] = 1.1 * (z.float() - ref.float()).abs().amax(dim=-1).median().item()
 
     def run(z, ref, labels):
         return tuple(x.double().cpu() for x in hinge_step(z, ref, labels, **options))
