@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,15 +42,14 @@ def without_libraries(tmp_path_factory):
     folder = tmp_path_factory.mktemp("path")
     (folder / "sitecustomize.py").write_text(
         f"""
-import sys
-class NotThere:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {NOT_THERE}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, NotThere())
+from importlib.machinery import PathFinder
+found = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name.partition(".")[0] in {NOT_THERE} else found(name, path, target)
+)
 """
     )
-    # Plugins of pytest that are installed here would import them.
+    # A plugin of pytest that is installed here would import hypothesis.
     return {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
@@ -58,7 +58,7 @@ def dry(tmp_path_factory, without_libraries):
     path = tmp_path_factory.mktemp("bench") / "dry.json"
     began = time.monotonic()
     done = bench("--dry", "--out", path, "--budget-s", 120, **without_libraries)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text()), done.stdout, time.monotonic() - began
 
 
@@ -213,6 +213,7 @@ FAULTS = [
         },
     ),
     _case("sound", {"right": _twice}),
+    _case("late", {"right": _twice, "hangs": lambda x: time.sleep(600)}),
 ]
 
 
@@ -232,10 +233,12 @@ def test_a_peer_that_fails_hangs_or_dies_costs_one_row(monkeypatch):
     monkeypatch.setattr(worker, "_work", _work_on_faults)
     monkeypatch.setattr(worker, "_PEER_LIMIT_S", 5.0)
     heard = []
-    worker.run("cpu", True, [case.name for case in FAULTS], time.monotonic() + 100, lambda *event: heard.append(event))
+    worker.run(
+        "cpu", True, [case.name for case in FAULTS[:2]], time.monotonic() + 100, lambda *event: heard.append(event)
+    )
     roofs = [value for kind, _, value in heard if kind == "roof"]
     assert len(roofs) == 1 and roofs[0]["copy_gb_s"] > 0
-    faults, sound = ([value for kind, case, value in heard if kind == "row" and case == c.name] for c in FAULTS)
+    faults, sound = ([value for kind, case, value in heard if kind == "row" and case == c.name] for c in FAULTS[:2])
     assert {row["peer"]: (row["outcome"], row["reason"]) for row in faults} == {
         "raises": ("failed", "RuntimeError: the peer's own fault"),
         "wrong": ("check failed", "largest error 3, 0 of a million differ"),
@@ -251,8 +254,9 @@ def test_a_peer_that_fails_hangs_or_dies_costs_one_row(monkeypatch):
 def test_a_hang_ends_at_the_deadline(monkeypatch):
     monkeypatch.setattr(worker, "_work", _work_on_faults)
     heard, began = [], time.monotonic()
-    worker.run("cpu", True, [FAULTS[0].name], began + 20, lambda *event: heard.append(event))
-    assert time.monotonic() - began < 40
+    worker.run("cpu", True, [FAULTS[2].name], began + 15, lambda *event: heard.append(event))
+    assert time.monotonic() - began < 35
+    assert [value["outcome"] for kind, _, value in heard if kind == "row"] == ["measured", "skipped"]
     assert heard[-1][2] == {"peer": "hangs", "outcome": "skipped", "reason": "the time was up while it ran"}
 
 
@@ -290,7 +294,7 @@ def test_suite_goes_on_behind_a_test_that_dies(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "TESTS", planted)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     reports = []
-    summary = suite.run(tmp_path, True, time.monotonic() + 30, reports.append)
+    summary = suite.run(tmp_path, True, time.monotonic() + 20, reports.append)
     assert reports[-1] == summary and len(reports) > 2
     failures = {row["test"].partition("::")[2]: row["reason"] for row in summary["failures"]}
     assert failures.keys() == {"test_fails", "test_dies", "test_of_fixture", "test_device_is_lost"}
@@ -441,6 +445,30 @@ def test_names_of_cards_and_what_nvidia_smi_says():
         said["driver_version"] == "550.1" and said["clocks.max.sm"] == "1980" and said["mig.mode.current"] == "Disabled"
     )
     assert machine.parse_smi(None) is None and machine.parse_smi("No devices were found") is None
+
+
+def test_facts_of_a_card(monkeypatch):
+    card = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3",
+        major=9,
+        minor=0,
+        total_memory=8 * 10**10,
+        multi_processor_count=132,
+        L2_cache_size=5 * 10**7,
+        uuid="0123",
+    )
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "_output", lambda command: asked.append(command))
+    facts = machine.describe(torch.device("cuda:0"))
+    assert (facts["card"], facts["capability"], facts["multiprocessors"]) == ("NVIDIA H100 80GB HBM3", "9.0", 132)
+    assert facts["nvidia_smi"] is None, "nothing answered"
+    assert [command[-1] for command in asked if command[0] == "nvidia-smi"] == [
+        "--id=GPU-0123",
+        "--format=csv,noheader,nounits",
+    ]
+    json.dumps(facts)
 
 
 def test_pytest_bench_uses_the_same_cases(tmp_path):
