@@ -1,0 +1,110 @@
+"""How long a call takes on the device, how much memory it takes, and what the machine could do at best.
+
+One meter for CUDA and for the CPU: the loop, the quantiles and the interface are the same, and what differs is
+the events, the synchronisation and the allocator's books.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_MAX_RUNS, _MIN_RUNS = 200, 5
+_QUANTILES = {"p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
+
+
+class _CpuEvent:
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "_CpuEvent") -> float:
+        return (end.at - self.at) * 1e3
+
+
+class Meter:
+    """Device-synchronised timing with a cold L2 cache.
+
+    Between two calls, outside the events, a buffer of four times the cache is read: what is left there is clean,
+    so that no write-back of it is charged to the call. Nothing synchronises between the first call and the last.
+    """
+
+    def __init__(self, device: torch.device, dry: bool = False):
+        self.device = device
+        # A dry run traces what is compiled but builds no kernels.
+        self.compile_backend = "eager" if dry else "inductor"
+        self._cuda = device.type == "cuda"
+        cache = 2**18
+        if self._cuda:
+            cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
+        self._sweep = torch.zeros(4 * cache // 4, dtype=torch.float32, device=device)
+        self._sink = torch.zeros((), dtype=torch.float32, device=device)
+        self._copied = 2**22 if not self._cuda else 2**30
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+
+    def free_bytes(self) -> int | None:
+        """What the device could still give, blocks that the allocator keeps for reuse included."""
+        if not self._cuda:
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def release(self) -> None:
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _event(self):
+        return torch.cuda.Event(enable_timing=True) if self._cuda else _CpuEvent()
+
+    def _milliseconds(self, call: Callable[[], object], runs: int) -> list[float]:
+        events = [(self._event(), self._event()) for _ in range(runs)]
+        self.synchronize()
+        for start, end in events:
+            torch.sum(self._sweep, dim=0, out=self._sink)
+            start.record()
+            call()
+            end.record()
+        self.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def time(self, call: Callable[[], object], seconds: float) -> dict:
+        """``p20_ms``, ``p50_ms``, ``p80_ms`` and ``runs`` of about ``seconds`` of calls, after three to warm up."""
+        estimate = min(self._milliseconds(call, 3))
+        runs = min(max(int(seconds * 1e3 / max(estimate, 1e-3)), _MIN_RUNS), _MAX_RUNS)
+        return quantiles(self._milliseconds(call, runs))
+
+    def peak_extra_bytes(self, call: Callable[[], object]) -> int | None:
+        """The most memory that a call holds beyond what was there before it, its result included.
+
+        None on the CPU, whose allocator keeps no books.
+        """
+        if not self._cuda:
+            call()
+            return None
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        result = call()
+        self.synchronize()
+        peak = torch.cuda.max_memory_allocated(self.device)
+        del result
+        return peak - before
+
+    def roof(self, seconds: float) -> dict:
+        """What this machine's own copy of a large tensor reaches, in GB/s of bytes read and written."""
+        n = self._copied
+        if self._cuda:
+            n = min(n, self.free_bytes() // 8)
+        source = torch.ones(n, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        took = self.time(lambda: target.copy_(source), seconds)
+        return {"copied_bytes": n, "copy_gb_s": 2 * n / took["p50_ms"] / 1e6} | took
+
+
+def quantiles(milliseconds: list[float]) -> dict:
+    """The nearest-rank 20th, 50th and 80th percentile."""
+    ordered = sorted(milliseconds)
+    last = len(ordered) - 1
+    return {name: ordered[round(share * last)] for name, share in _QUANTILES.items()} | {"runs": len(ordered)}
