@@ -120,7 +120,7 @@ def test_documented_gradients_where_autograd_has_a_choice():
         assert loss == 0 and not at_margin.grad.any(), norm
         arguments = (at_margin.detach(), ref, torch.tensor([2]), 1.0, norm, "logits", IGNORED, False)
         h, active, stats = torch.ops.quail.logit_margin_hinge(*arguments)
-        assert h == 0 and active == 0 and stats[0, 4] == 0, "neither counted nor in the slope for log_probs"
+        assert h == 0 and active == 0 and stats[0, 3] == 0, "neither counted nor in the slope for log_probs"
 
 
 def test_log_probs_close_the_hole_of_a_common_shift():
