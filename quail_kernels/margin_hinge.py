@@ -27,7 +27,6 @@ from typing import Literal
 import torch
 
 from ._triton import tl, triton
-from .formats import abs_bits
 
 NORMS = ("per_logit", "l2", "linf", "label")
 SPACES = ("logits", "log_probs")
