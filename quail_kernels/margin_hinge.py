@@ -21,6 +21,7 @@ The forward pass reads both logits once (log_probs: twice, for the normalizers f
 them once and writes the gradient once. What the backward pass needs besides is five numbers a token.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -292,7 +293,11 @@ def _margin_hinge_fwd_kernel(
     if LOG_PROBS or NORM != "label":
         edge_z = tl.load(z_ptr + edge_v.to(tl.int64) * stride_zv, mask=edge_mask, other=float("-inf"))
         edge_ref = tl.load(ref_ptr + edge_v.to(tl.int64) * stride_rv, mask=edge_mask, other=float("-inf"))
-        edge_z, edge_ref, edge_mask = edge_z.to(tl.float32)[None, :], edge_ref.to(tl.float32)[None, :], edge_mask[None, :]
+        edge_z, edge_ref, edge_mask = (
+            edge_z.to(tl.float32)[None, :],
+            edge_ref.to(tl.float32)[None, :],
+            edge_mask[None, :],
+        )
         edge_e = edge_z - edge_ref
         zero = tl.zeros([1], tl.float32)
         none = tl.zeros([1], tl.int32)
@@ -513,7 +518,9 @@ def _margin_hinge_bwd_kernel(
     )
 
 
-def _launch_constants(rows: list[torch.Tensor], labels: torch.Tensor | None, norm: str, space: str, block_v: int) -> dict:
+def _launch_constants(
+    rows: list[torch.Tensor], labels: torch.Tensor | None, norm: str, space: str, block_v: int
+) -> dict:
     """``rows`` are all tensors [batch, tokens, V] of the launch."""
     vocab = rows[0].shape[-1]
     width = 16 // min(x.element_size() for x in rows)
@@ -649,7 +656,7 @@ def _(
     ignore_index: int,
     inplace_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n = logits.shape[:-1].numel()
+    n = math.prod(logits.shape[:-1])  # numel() would be the example's, where a dimension is symbolic
     dtype = torch.promote_types(torch.promote_types(logits.dtype, ref_logits.dtype), torch.float32)
     active = logits.new_empty(n, dtype=torch.int32)
     return logits.new_empty(n, dtype=dtype), active, logits.new_empty(n, _STATS, dtype=dtype)
@@ -770,6 +777,32 @@ def _backward(ctx, grad_hinge, _grad_active, _grad_stats):
 _margin_hinge_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@functools.cache
+def _register_sharding() -> None:
+    """Rows are independent: DTensors sharded over the first dimension stay so, anything else is gathered."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def placements(logits):
+        # The outputs are one-dimensional, and DTensor cuts those evenly: so must whole batches be.
+        even = len(logits.shape) == 2 or len(logits.shape) > 2 and logits.shape[0] % logits.mesh.size() == 0
+        return (Replicate(), Shard(0)) if even else (Replicate(),)
+
+    @register_sharding(torch.ops.quail.logit_margin_hinge.default)
+    def _(logits, ref_logits, labels, *options):
+        return [
+            ([place] * 3, [place, place, None if labels is None else place, *(None,) * len(options)])
+            for place in placements(logits)
+        ]
+
+    @register_sharding(torch.ops.quail.logit_margin_hinge_backward.default)
+    def _(grad_hinge, logits, ref_logits, labels, stats, *options):
+        return [
+            ([place], [place] * 3 + [None if labels is None else place, place, *(None,) * len(options)])
+            for place in placements(logits)
+        ]
+
+
 def _check(
     logits: torch.Tensor,
     ref_logits: torch.Tensor,
@@ -852,7 +885,11 @@ def logit_margin_hinge(
     """
     _check(logits, ref_logits, labels, margin, norm, space, reduction)
     flat_labels = None if labels is None else labels.reshape(-1).long().contiguous()
-    inplace = inplace_backward and logits.ndim <= 3 and not torch.compiler.is_compiling()
+    # DTensor takes long to import; who has one has imported it.
+    sharded = hasattr(logits, "device_mesh")
+    if sharded and not torch.compiler.is_compiling():
+        _register_sharding()
+    inplace = inplace_backward and logits.ndim <= 3 and not (sharded or torch.compiler.is_compiling())
     hinge, active, _ = _margin_hinge_op(
         logits, ref_logits.detach(), flat_labels, float(margin), norm, space, ignore_index, inplace
     )
