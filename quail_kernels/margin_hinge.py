@@ -17,8 +17,13 @@ cannot. With g = dh/dd,
 
     dh/dz_v = g_v - softmax(z)_v sum_u g_u
 
-The forward pass reads both logits once (log_probs: twice, for the normalizers first), the backward pass reads
-them once and writes the gradient once. What the backward pass needs besides is five numbers a token.
+The forward pass reads both logits once, per_logit in log_probs twice; the backward pass reads them once and
+writes the gradient once. What the backward pass needs besides is six numbers a token.
+
+Rows of any length and of any start are loaded and stored 128 bits at a time: the kernels count a row from its
+first 16-byte boundary, and take the few logits before it and after the last whole chunk by themselves. That needs
+all tensors of a launch to lie alike: unit strides, and rows equally far, in elements, from such a boundary. Others
+are read one logit at a time, which for bf16 takes 32 instructions a logit where 13 do (sm_90, per_logit).
 """
 
 import functools
@@ -266,7 +271,9 @@ def _margin_hinge_fwd_kernel(
 
     Norm label reads one element of each tensor instead (log_probs: besides). Norm per_logit reads both rows
     twice in log_probs, because whether a logit is inside the margin cannot be told before the last one is
-    read. The other two need no second pass: a sum of squares and a maximum can be shifted afterwards.
+    read. The second time comes from the L2 cache only while all rows in flight fit it: on an H100 (50 MB, 4
+    programs an SM) bf16 rows of up to 23,000 logits. The other two norms need no second pass: a sum of squares
+    and a maximum can be shifted afterwards.
     """
     row = tl.program_id(0).to(tl.int64)
     stats_ptr += row * 6
@@ -857,7 +864,9 @@ def logit_margin_hinge(
     """The hinge that pushes ``logits`` at least ``margin`` away from ``ref_logits``.
 
     The formulas stand at the top of the file; the idea is that of QUAIL, https://arxiv.org/abs/2601.15538.
-    Nothing synchronises. Up to three dimensions may have any strides, so ``logits[:, :-1]`` is not copied.
+    Nothing synchronises. Up to three dimensions may have any strides, so ``logits[:, :-1]`` is not copied; of more,
+    all but the last two are flattened, which copies where their strides do not allow a view. DTensors sharded over
+    the first dimension stay sharded (of three or more, where the ranks divide it); others are gathered first.
 
     Args:
         logits: float32, bfloat16 or float16 [..., V], of the model that unlearns.
@@ -869,7 +878,7 @@ def logit_margin_hinge(
         reduction: ``"mean"`` over the tokens that are not ignored (0 if there are none), ``"sum"``, or
             ``"none"``.
         inplace_backward: store the gradient over ``logits``, whose values nothing may need after the backward
-            pass. Without effect under torch.compile, or for more than three dimensions.
+            pass. Without effect under torch.compile, on a DTensor, or for more than three dimensions.
         return_active_share: also return the share of terms inside the margin: of logits with ``per_logit``,
             of tokens else.
 

@@ -145,10 +145,12 @@ class _BoundsChecked:
                 self.launches[-1].count(1, pointers, size)
 
     def load(self, pointers, mask, other, dtype):
+        mask = mask.astype(bool)  # 3.9 makes int32 of a mask and a scalar condition, and then refuses it
         self._check("load", pointers, mask, np.dtype(dtype).itemsize)
         return self._memory.load(pointers, mask, other, dtype)
 
     def store(self, pointers, value, mask):
+        mask = mask.astype(bool)
         self._check("store", pointers, mask, value.dtype.itemsize)
         return self._memory.store(pointers, value, mask)
 
