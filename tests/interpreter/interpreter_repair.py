@@ -7,6 +7,8 @@ bf16 raises: kernels compute in fp32.
 Bounds: it reads and writes any address, which is a segmentation fault at best. Here every access must lie
 inside the memory of a tensor that the launch was given.
 
+Hints: it ignores tl.multiple_of, which the compiler believes. Here a hint that is wrong raises.
+
 Traffic: inside ``with traffic() as launches`` every launch notes how often it loaded and stored each element.
 """
 
@@ -70,6 +72,19 @@ def _repair_bf16() -> None:
     _Builder.binary_op = no_bf16(binary)
     _Builder.unary_op = no_bf16(unary)
     _Builder.create_dot = lambda self, a, b, *rest: dot(self, _to_fp32(a), _to_fp32(b), *rest)
+
+
+def _check_hints() -> None:
+    set_attr = _Handle.set_attr
+
+    def checked(self, key, value):
+        if key == "tt.divisibility":
+            numbers = np.asarray(self.data)
+            if any((numbers % numbers.dtype.type(step)).any() for step in value):
+                raise ValueError(f"tl.multiple_of: expected multiples of {value}; got {numbers}")
+        return set_attr(self, key, value)
+
+    _Handle.set_attr = checked
 
 
 class Launch:
@@ -194,3 +209,4 @@ def install() -> None:
     knobs.compilation.front_end_debugging = True
     _repair_bf16()
     _check_bounds()
+    _check_hints()
