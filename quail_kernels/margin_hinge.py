@@ -175,7 +175,7 @@ def _row_body(row_ptr, n_vocab, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
     if ALIGNED:
         itemsize: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
         past = (row_ptr.to(tl.int64) // itemsize % WIDTH).to(tl.int32)
-        head = tl.minimum((WIDTH - past) % WIDTH, n_vocab)
+        head = (WIDTH - past) % WIDTH
     else:
         head = 0
     return head, (n_vocab - head) // WIDTH * WIDTH
@@ -538,7 +538,7 @@ def _launch_constants(
         "NORM": norm,
         "LOG_PROBS": space == "log_probs",
         "HAS_LABELS": labels is not None,
-        "ALIGNED": len(set(starts)) == 1 and all(x.stride(-1) == 1 for x in rows),
+        "ALIGNED": vocab >= width and len(set(starts)) == 1 and all(x.stride(-1) == 1 for x in rows),
         "WIDTH": width,
         "BLOCK_V": block_v,
         "num_warps": 8 if block_v >= 4096 else 4,
