@@ -188,11 +188,17 @@ def _from_body(row_ptr, head, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _edge_lanes(head, body, n_vocab, WIDTH: tl.constexpr):
+def _edge_lanes(lanes, head, body, n_vocab, WIDTH: tl.constexpr):
     """What the chunks of the body leave over, counted from its start: up to WIDTH - 1 before it and after it."""
-    lanes = tl.arange(0, 2 * WIDTH)
     v = tl.where(lanes < WIDTH, lanes - WIDTH, body + lanes - WIDTH)
     return v, (v >= -head) & (v < n_vocab - head)
+
+
+@triton.jit
+def _load_pair(z_ptr, stride_zv, ref_ptr, stride_rv, v, mask):
+    offsets = v.to(tl.int64)
+    z = tl.load(z_ptr + offsets * stride_zv, mask=mask, other=float("-inf")).to(tl.float32)
+    return z, tl.load(ref_ptr + offsets * stride_rv, mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -292,50 +298,33 @@ def _margin_hinge_fwd_kernel(
     ref_ptr = _from_body(ref_ptr, head, stride_rv, ALIGNED)
 
     chunk = tl.arange(0, BLOCK_V // WIDTH)
-    first = chunk == 0
     lanes = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    edge_v, edge_mask = _edge_lanes(head, body, n_vocab, WIDTH)
+    edge_v, edge_mask = _edge_lanes(chunk[:, None], head, body, n_vocab, WIDTH)
+    zero = tl.zeros([BLOCK_V // WIDTH], tl.float32)
+    none = tl.zeros([BLOCK_V // WIDTH], tl.int32)
+    lowest = tl.full([BLOCK_V // WIDTH], float("-inf"), tl.float32)
     ONE_PASS: tl.constexpr = not (NORM == "per_logit" and LOG_PROBS)
 
     if LOG_PROBS or NORM != "label":
-        edge_z = tl.load(z_ptr + edge_v.to(tl.int64) * stride_zv, mask=edge_mask, other=float("-inf"))
-        edge_ref = tl.load(ref_ptr + edge_v.to(tl.int64) * stride_rv, mask=edge_mask, other=float("-inf"))
-        edge_z, edge_ref, edge_mask = (
-            edge_z.to(tl.float32)[None, :],
-            edge_ref.to(tl.float32)[None, :],
-            edge_mask[None, :],
-        )
+        # Every chunk starts with one logit of the edges, or with none.
+        edge_z, edge_ref = _load_pair(z_ptr, stride_zv, ref_ptr, stride_rv, edge_v, edge_mask)
         edge_e = edge_z - edge_ref
-        zero = tl.zeros([1], tl.float32)
-        none = tl.zeros([1], tl.int32)
-        # What the chunk of the edges gives is where the first chunk of the body begins.
         if LOG_PROBS:
             # Finite, so that chunks that have seen nothing yet do not compute inf - inf.
-            lowest = tl.full([1], -3.0e38, tl.float32)
-            edge_top, edge_total = _add_exps(lowest, zero, edge_z)
-            edge_ref_top, edge_ref_total = _add_exps(lowest, zero, edge_ref)
-            top, total = tl.where(first, edge_top, -3.0e38), tl.where(first, edge_total, 0.0)
-            ref_top, ref_total = tl.where(first, edge_ref_top, -3.0e38), tl.where(first, edge_ref_total, 0.0)
+            top, total = _add_exps(zero - 3.0e38, zero, edge_z)
+            ref_top, ref_total = _add_exps(zero - 3.0e38, zero, edge_ref)
         if NORM == "l2":
-            edge_k = tl.sum(edge_mask.to(tl.float32), axis=1)
-            edge_n, edge_mean, edge_m2 = _add_moments(zero, zero, zero, edge_e, edge_mask, edge_k)
-            n, mean, m2 = tl.where(first, edge_n, 0.0), tl.where(first, edge_mean, 0.0), tl.where(first, edge_m2, 0.0)
+            edge_n = tl.sum(edge_mask.to(tl.float32), axis=1)
+            n, mean, m2 = _add_moments(zero, zero, zero, edge_e, edge_mask, edge_n)
         elif NORM == "linf":
-            lowest = tl.full([1], float("-inf"), tl.float32)
-            edge_hi, edge_hi_ties = _add_maxima(lowest, none, edge_e, edge_mask)
-            edge_lo, edge_lo_ties = _add_maxima(lowest, none, -edge_e, edge_mask)
-            hi, hi_ties = tl.where(first, edge_hi, float("-inf")), tl.where(first, edge_hi_ties, 0)
-            lo, lo_ties = tl.where(first, edge_lo, float("-inf")), tl.where(first, edge_lo_ties, 0)
-            nans = tl.where(first, tl.sum((edge_mask & (edge_e != edge_e)).to(tl.int32), axis=1), 0)
+            hi, hi_ties = _add_maxima(lowest, none, edge_e, edge_mask)
+            lo, lo_ties = _add_maxima(lowest, none, -edge_e, edge_mask)
+            nans = tl.sum((edge_mask & (edge_e != edge_e)).to(tl.int32), axis=1)
         elif ONE_PASS:
-            edge_h, edge_sign, edge_count = _add_hinges(zero, zero, none, edge_e, edge_mask, margin, False)
-            sum_h, sum_sign = tl.where(first, edge_h, 0.0), tl.where(first, edge_sign, 0.0)
-            counts = tl.where(first, edge_count, 0)
+            sum_h, sum_sign, counts = _add_hinges(zero, zero, none, edge_e, edge_mask, margin, False)
         for start in range(0, body, BLOCK_V):
             mask = start + chunk[:, None] * WIDTH < body  # no chunk lies half in the body
-            v = (start + lanes).to(tl.int64)
-            z = tl.load(z_ptr + v * stride_zv, mask=mask, other=float("-inf")).to(tl.float32)
-            z_ref = tl.load(ref_ptr + v * stride_rv, mask=mask, other=float("-inf")).to(tl.float32)
+            z, z_ref = _load_pair(z_ptr, stride_zv, ref_ptr, stride_rv, start + lanes, mask)
             if LOG_PROBS:
                 top, total = _add_exps(top, total, z)
                 ref_top, ref_total = _add_exps(ref_top, ref_total, z_ref)
@@ -367,14 +356,12 @@ def _margin_hinge_fwd_kernel(
         slope = -weight
     elif NORM == "per_logit":
         if not ONE_PASS:
-            edge_h, edge_sign, edge_count = _add_hinges(zero, zero, none, edge_e - shift, edge_mask, margin, True)
-            sum_h, sum_sign = tl.where(first, edge_h, 0.0), tl.where(first, edge_sign, 0.0)
-            counts = tl.where(first, edge_count, 0)
+            edge_z, edge_ref = _load_pair(z_ptr, stride_zv, ref_ptr, stride_rv, edge_v, edge_mask)
+            edge_d = edge_z - edge_ref - shift
+            sum_h, sum_sign, counts = _add_hinges(zero, zero, none, edge_d, edge_mask, margin, True)
             for start in range(0, body, BLOCK_V):
                 mask = start + chunk[:, None] * WIDTH < body
-                v = (start + lanes).to(tl.int64)
-                z = tl.load(z_ptr + v * stride_zv, mask=mask, other=0.0).to(tl.float32)
-                z_ref = tl.load(ref_ptr + v * stride_rv, mask=mask, other=0.0).to(tl.float32)
+                z, z_ref = _load_pair(z_ptr, stride_zv, ref_ptr, stride_rv, start + lanes, mask)
                 sum_h, sum_sign, counts = _add_hinges(sum_h, sum_sign, counts, z - z_ref - shift, mask, margin, True)
         weight = 1.0 / n_vocab
         h = tl.sum(sum_h, axis=0) * weight
@@ -499,7 +486,7 @@ def _margin_hinge_bwd_kernel(
     ref_ptr = _from_body(ref_ptr, head, stride_rv, ALIGNED)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = v < body
-    edge_v, edge_mask = _edge_lanes(head, body, n_vocab, WIDTH)
+    edge_v, edge_mask = _edge_lanes(tl.arange(0, 2 * WIDTH), head, body, n_vocab, WIDTH)
     edge_mask = edge_mask & (tile == 0)
     label = -1
     if HAS_LABELS:
@@ -533,7 +520,8 @@ def _launch_constants(
     width = 16 // min(x.element_size() for x in rows)
     # Where rows lie alike, one head brings each tensor's body to a 16-byte boundary.
     starts = [(x.data_ptr() // x.element_size() % width, *(s % width for s in x.stride()[:2])) for x in rows]
-    block_v = min(block_v, max(1 << (vocab - 1).bit_length(), width))
+    # The forward kernel needs as many chunks as edges can hold logits.
+    block_v = min(block_v, max(1 << (vocab - 1).bit_length(), 2 * width * width))
     return {
         "NORM": norm,
         "LOG_PROBS": space == "log_probs",
