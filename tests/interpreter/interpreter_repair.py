@@ -6,9 +6,16 @@ bf16 raises: kernels compute in fp32.
 
 Bounds: it reads and writes any address, which is a segmentation fault at best. Here every access must lie
 inside the memory of a tensor that the launch was given.
+
+Hints: it ignores tl.multiple_of, which the compiler believes. Here a hint that is wrong raises.
+
+Traffic: inside ``with traffic() as launches`` every launch notes how often it loaded and stored each element.
 """
 
+import contextlib
+
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton import knobs
@@ -67,12 +74,72 @@ def _repair_bf16() -> None:
     _Builder.create_dot = lambda self, a, b, *rest: dot(self, _to_fp32(a), _to_fp32(b), *rest)
 
 
+def _check_hints() -> None:
+    set_attr = _Handle.set_attr
+
+    def checked(self, key, value):
+        if key == "tt.divisibility":
+            numbers = np.asarray(self.data)
+            if any((numbers % numbers.dtype.type(step)).any() for step in value):
+                raise ValueError(f"tl.multiple_of: expected multiples of {value}; got {numbers}")
+        return set_attr(self, key, value)
+
+    _Handle.set_attr = checked
+
+
+class Launch:
+    """How often one launch read and wrote each element of its tensors; lanes that a mask switches off do not count.
+
+    Arguments that share memory share their counts: those of a kernel that works in place are of both.
+    """
+
+    def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]):
+        self.kernel = kernel
+        self.tensors = tensors
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors.values()}
+        counts = {start: np.zeros((2, t.untyped_storage().nbytes()), np.int32) for start, t in storages.items()}
+        self._spans = [(start, t.untyped_storage().nbytes(), counts[start]) for start, t in storages.items()]
+        self._counts = counts
+
+    def count(self, what: int, pointers: np.ndarray, size: int) -> None:
+        for start, nbytes, counts in self._spans:
+            inside = pointers[(pointers >= start) & (pointers < start + nbytes)].astype(np.int64) - start
+            for byte in range(size):
+                np.add.at(counts[what], inside + byte, 1)
+
+    def _of(self, name: str, what: int) -> torch.Tensor:
+        tensor = self.tensors[name]
+        counts = torch.from_numpy(self._counts[tensor.untyped_storage().data_ptr()][what])
+        per_element = counts.view(-1, tensor.element_size())
+        assert (per_element == per_element[:, :1]).all(), "an access that straddles elements"
+        return per_element[:, 0].contiguous().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def reads(self, name: str) -> torch.Tensor:
+        """In the shape of the argument ``name``, how often each element was loaded."""
+        return self._of(name, 0)
+
+    def writes(self, name: str) -> torch.Tensor:
+        return self._of(name, 1)
+
+    def bytes_read(self, *names: str) -> int:
+        """Over the whole memory of these arguments, the elements outside a view included."""
+        return self._bytes(0, names)
+
+    def bytes_written(self, *names: str) -> int:
+        return self._bytes(1, names)
+
+    def _bytes(self, what: int, names: tuple[str, ...]) -> int:
+        starts = {self.tensors[name].untyped_storage().data_ptr() for name in names}
+        return sum(int(self._counts[start][what].sum(dtype=np.int64)) for start in starts)
+
+
 class _BoundsChecked:
     """The interpreter's memory, limited to the tensors of the running launch."""
 
     def __init__(self, memory):
         self._memory = memory
         self.ranges = []
+        self.launches = None
 
     def __getattr__(self, name):
         return getattr(self._memory, name)
@@ -86,12 +153,19 @@ class _BoundsChecked:
         if not inside.all():
             program = interpreter.interpreter_builder.grid_idx
             raise IndexError(f"{what} out of bounds in {(~inside).sum()} lanes of program {program}")
+        if self.launches:
+            if what != "store":
+                self.launches[-1].count(0, pointers, size)
+            if what != "load":
+                self.launches[-1].count(1, pointers, size)
 
     def load(self, pointers, mask, other, dtype):
+        mask = mask.astype(bool)  # 3.9 makes int32 of a mask and a scalar condition, and then refuses it
         self._check("load", pointers, mask, np.dtype(dtype).itemsize)
         return self._memory.load(pointers, mask, other, dtype)
 
     def store(self, pointers, value, mask):
+        mask = mask.astype(bool)
         self._check("store", pointers, mask, value.dtype.itemsize)
         return self._memory.store(pointers, value, mask)
 
@@ -106,13 +180,28 @@ def _check_bounds() -> None:
 
     def recording(self, args, kwargs):
         args, kwargs = init_args(self, args, kwargs)
-        tensors = [getattr(arg, "base", arg) for arg in (*args, *kwargs.values())]
-        storages = [tensor.untyped_storage() for tensor in tensors if hasattr(tensor, "untyped_storage")]
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        tensors = {name: getattr(arg, "base", arg) for name, arg in named.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "untyped_storage")}
+        storages = [tensor.untyped_storage() for tensor in tensors.values()]
         memory.ranges = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+        if memory.launches is not None:
+            memory.launches.append(Launch(self.fn.__name__, tensors))
         return args, kwargs
 
     interpreter.GridExecutor._init_args_hst = recording
     interpreter._interpreter = memory
+
+
+@contextlib.contextmanager
+def traffic():
+    """Yields a list, to which every kernel launched inside adds its Launch."""
+    memory = interpreter._interpreter
+    memory.launches = []
+    try:
+        yield memory.launches
+    finally:
+        memory.launches = None
 
 
 def install() -> None:
@@ -120,3 +209,4 @@ def install() -> None:
     knobs.compilation.front_end_debugging = True
     _repair_bf16()
     _check_bounds()
+    _check_hints()

@@ -3,6 +3,7 @@
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,7 +84,7 @@ def test_blocks_strides_and_inplace(norm, space):
         assert all(map(torch.equal, run("triton", *args), (h, active, grad)))
     column_major = [copy.transpose(1, 2).contiguous().transpose(1, 2) for copy in copies]
     assert all(map(torch.equal, run("triton", *column_major, flat, *options, grad_hinge, 512), (h, active, grad)))
-    other = run("triton", *views, flat, *options, grad_hinge, 64)
+    other = run("triton", *views, flat, *options, grad_hinge, 128)
     torch.testing.assert_close(other[0], h, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(other[2], grad, rtol=1e-4, atol=1e-6)
 
@@ -118,10 +119,10 @@ def test_odd_cases(norm, space):
 
 
 def test_ties_share_the_gradient_of_linf():
-    """Ties in one lane of several blocks and in several lanes, after a smaller maximum of the same lane."""
+    """Ties in one chunk and in several, after a smaller maximum of the same chunk in an earlier block."""
     z = torch.zeros(1, 1, 64)
     z[0, 0, [0, 16, 17, 32]] = torch.tensor([0.25, 0.5, -0.5, 0.5])
-    h, active, grad = run("triton", z, torch.zeros_like(z), None, 1.0, "linf", "logits", torch.ones(1), 16)
+    h, active, grad = run("triton", z, torch.zeros_like(z), None, 1.0, "linf", "logits", torch.ones(1), 32)
     assert h == 0.5 and active == 1
     expected = torch.zeros(64)
     expected[[16, 17, 32]] = torch.tensor([-1.0, 1.0, -1.0]) / 3
@@ -134,4 +135,78 @@ def test_a_difference_equal_to_the_margin_is_outside():
         options = (1.0, norm, "logits", IGNORED)
         label = torch.tensor([2])
         h, active, stats = hinge._margin_hinge_fwd_triton(z * (0.5 if norm == "l2" else 1), z * 0, label, *options)
-        assert h == 0 and active == 0 and stats[0, 4] == 0
+        assert h == 0 and active == 0 and stats[0, 3] == 0
+
+
+@CASES
+@pytest.mark.parametrize("vocab", [1, 8, 17, 1157])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+def test_rows_that_start_anywhere(norm, space, vocab, dtypes):
+    """Rows at every distance from a 16-byte boundary, alike in both tensors or not: the same as by itself."""
+    z, ref, _ = rows(1, 9, vocab, dtype=torch.float32)
+    z, ref = z.to(dtypes[0]), ref.to(dtypes[1])
+    labels = torch.arange(9) * 5 % vocab
+    options = (labels, MARGINS[norm], norm, space)
+    expected = run("torch", z, ref, *options, torch.ones(9))
+    for before, ref_before in ((0, 0), (3, 2)):
+        shifted = torch.cat([torch.full((before,), math.nan, dtype=z.dtype), z.flatten()])[before:].view(z.shape)
+        ref_shifted = torch.cat([torch.full((ref_before,), math.nan, dtype=ref.dtype), ref.flatten()])
+        got = run("triton", shifted, ref_shifted[ref_before:].view(ref.shape), *options, torch.ones(9), 512)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5 * (space == "log_probs"))
+        # One rounding of the dtype, and in log_probs a |d| within rounding of the margin, of 0 or of the maximum.
+        far = ~torch.isclose(got[2].float(), expected[2].float(), rtol=2 * torch.finfo(z.dtype).eps, atol=1e-5)
+        assert far.sum() <= (0 if space == "logits" else 2)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_one_pass_errs_no_more_than_two(norm):
+    """Differences far from zero before the shift, and outliers at the head of every lane, against fp64."""
+    generator = torch.Generator().manual_seed(0)
+    ref = 3 * torch.randn(1, 6, 4001, generator=generator)
+    z = ref + 0.01 * torch.randn(ref.shape, generator=generator) + torch.tensor([0, 1, 30, -300, 0, 0]).view(1, 6, 1)
+    z[0, 4, :600:7] += 20
+    z[0, 5, 2000] -= 25
+    options = (None, 1e4, norm, "log_probs")
+    got = run("triton", z, ref, *options, torch.ones(6), BLOCK_V)
+    two_passes = run("torch", z, ref, *options, torch.ones(6))
+    exact = run("torch", z.double(), ref.double(), *options, torch.ones(6, dtype=torch.float64))
+    length, length_torch, length_exact = (1e4 - h.double() for h in (got[0], two_passes[0], exact[0]))
+    ulp = torch.finfo(torch.float32).eps
+    # 1e4 - length is rounded to fp32; the shift errs by ulps of the log-sum-exps, in every one of the differences.
+    slack = 1e4 * ulp + 4 * ulp * (z.abs().amax() + 8) * (4001**0.5 if norm == "l2" else 1)
+    assert ((length - length_exact).abs() <= (length_torch - length_exact).abs() + slack).all()
+    torch.testing.assert_close(got[2].double(), exact[2], rtol=2e-2, atol=2e-2 * exact[2].abs().max().item())
+
+
+@CASES
+def test_an_infinity_in_one_tensor(norm, space):
+    for spoil_z, bad, at in ((True, -math.inf, 3), (False, -math.inf, 20), (True, math.inf, 20), (False, math.inf, 3)):
+        z, ref, labels = rows(1, 1, 37, dtype=torch.float32)
+        (z if spoil_z else ref)[0, 0, at] = bad
+        labels = torch.tensor([at])
+        got = run("triton", z, ref, labels, 9.0, norm, space, torch.ones(1))
+        expected = run("torch", z, ref, labels, 9.0, norm, space, torch.ones(1))
+        torch.testing.assert_close(got[0], expected[0], equal_nan=True)
+        assert torch.equal(got[1], expected[1]) and got[2].isnan().any() == expected[2].isnan().any()
+
+
+@pytest.mark.parametrize("vocab", [64, 67])
+def test_offsets_beyond_two_to_the_31(vocab):
+    """Rows 2^31 and more elements apart, in memory of which only the pages that the rows touch come to exist."""
+    apart = 2**31 + 16 * 5
+    z, ref, labels = rows(1, 3, vocab, dtype=torch.bfloat16)
+    far = torch.from_numpy(np.zeros(2 * apart + vocab, np.int16)).view(torch.bfloat16)
+    views = [torch.as_strided(far, (1, 3, vocab), (0, apart, 1)), torch.as_strided(far, (3, 1, vocab), (apart, 0, 1))]
+    labels = torch.tensor([1, 2, 3])
+    options = (labels, 0.3, "linf", "log_probs")
+    near = torch.as_strided(z.clone(), (1, 3, vocab), (0, vocab, 1))
+    expected = run("triton", near, ref, *options, torch.ones(3))
+    for view in views:
+        far_z = view.copy_(z.view(view.shape))
+        got = run("triton", far_z, ref.view(view.shape), *options, torch.ones(3))
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[2].view(1, 3, vocab), expected[2])
+        stats = hinge._margin_hinge_fwd_triton(far_z, ref.view(view.shape), *options, IGNORED)[2]
+        hinge._margin_hinge_bwd_triton(
+            far_z, torch.ones(3), far_z, ref.view(view.shape), labels, stats, *options[1:], IGNORED
+        )
+        assert torch.equal(far_z.reshape(1, 3, vocab), expected[2])

@@ -1,5 +1,6 @@
 """The interpreter itself: what its repairs have to catch, they catch."""
 
+import interpreter_repair
 import pytest
 import torch
 import triton
@@ -22,6 +23,31 @@ def _store_beyond_kernel(out_ptr, BLOCK: tl.constexpr):
 def _add_in_bf16_kernel(out_ptr, in_ptr, BLOCK: tl.constexpr):
     x = tl.load(in_ptr + tl.arange(0, BLOCK))
     tl.store(out_ptr + tl.arange(0, BLOCK), x + x)
+
+
+@triton.jit
+def _hint_kernel(out_ptr, shift, BLOCK: tl.constexpr):
+    start = tl.multiple_of(out_ptr + shift, 16)
+    tl.store(start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32))
+
+
+def test_a_wrong_hint_raises():
+    out = torch.ones(24)
+    _hint_kernel[(1,)](out, 4, BLOCK=16)
+    assert not out[4:20].any()
+    with pytest.raises(ValueError, match="tl.multiple_of: expected multiples of"):
+        _hint_kernel[(1,)](out, 3, BLOCK=16)
+
+
+def test_traffic_counts_every_element():
+    x, out = torch.zeros(16), torch.zeros(16, dtype=torch.bfloat16)
+    with interpreter_repair.traffic() as launches:
+        _copy_kernel[(2,)](out, x, 4, BLOCK=8)
+    (launch,) = launches
+    assert launch.reads("in_ptr").tolist() == [0] * 4 + [2] * 8 + [0] * 4
+    assert launch.writes("out_ptr").tolist() == [2] * 8 + [0] * 8
+    assert launch.bytes_read("in_ptr") == 64 and launch.bytes_written("out_ptr") == 32
+    assert launch.bytes_read("out_ptr") == launch.bytes_written("in_ptr") == 0
 
 
 def test_load_out_of_bounds_raises():

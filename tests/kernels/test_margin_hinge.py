@@ -1,7 +1,10 @@
 import math
+import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 from quail_kernels import logit_margin_hinge
@@ -120,7 +123,7 @@ def test_documented_gradients_where_autograd_has_a_choice():
         assert loss == 0 and not at_margin.grad.any(), norm
         arguments = (at_margin.detach(), ref, torch.tensor([2]), 1.0, norm, "logits", IGNORED, False)
         h, active, stats = torch.ops.quail.logit_margin_hinge(*arguments)
-        assert h == 0 and active == 0 and stats[0, 4] == 0, "neither counted nor in the slope for log_probs"
+        assert h == 0 and active == 0 and stats[0, 3] == 0, "neither counted nor in the slope for log_probs"
 
 
 def test_log_probs_close_the_hole_of_a_common_shift():
@@ -276,3 +279,131 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=says) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_exports():
+    class Loss(torch.nn.Module):
+        def forward(self, z, ref, labels):
+            return logit_margin_hinge(
+                z, ref, labels, margin=6.0, norm="l2", space="log_probs", return_active_share=True
+            )
+
+    tokens = {1: torch.export.Dim("tokens", min=2, max=4096)}
+    program = torch.export.export(Loss(), rows(2, 5, 33), dynamic_shapes=(tokens, tokens, tokens))
+    assert any(node.target == torch.ops.quail.logit_margin_hinge.default for node in program.graph.nodes)
+    longer = rows(2, 9, 33)
+    loss, share = program.module()(*longer)
+    assert loss > 0 and (loss, share) == Loss()(*longer)
+
+
+def test_meta_tensors():
+    z, ref, labels = (x.to("meta") for x in rows(2, 6, 33))
+    z.requires_grad_()
+    for h in (
+        logit_margin_hinge(z, ref, labels, margin=1.0, reduction="none"),
+        logit_margin_hinge(z[0, 0], ref[0, 0], margin=1.0, reduction="none"),
+    ):
+        h.sum().backward()
+        assert h.device.type == z.grad.device.type == "meta" and h.dtype == torch.float32
+    assert z.grad.shape == z.shape
+
+
+def _on_two_ranks(rank, store):
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for shape in ((6, 33), (5, 33), (4, 3, 33), (3, 4, 33)):
+        z, ref, labels = rows(*shape)
+        labels_or_none = (labels, None) if len(shape) == 2 or shape[0] % 2 == 0 else (None,)
+        for place in (Shard(0), Shard(len(shape) - 1), Replicate()):
+            for y in labels_or_none:
+                case = (shape, place, y is None)
+                whole, sharded = z.clone().requires_grad_(), distribute_tensor(z, mesh, [place]).requires_grad_()
+                sharded_ref = distribute_tensor(ref, mesh, [place])
+                sharded_y = (
+                    None if y is None else distribute_tensor(y, mesh, [Shard(0) if place.is_shard(0) else Replicate()])
+                )
+                options = dict(margin=0.3, norm="linf", space="log_probs", reduction="none", inplace_backward=True)
+                h = logit_margin_hinge(sharded, sharded_ref, sharded_y, **options)
+                expected = logit_margin_hinge(whole, ref, y, **options | {"inplace_backward": False})
+                stays = place.is_shard(0) and (len(shape) == 2 or shape[0] % 2 == 0)
+                assert h.placements == (Shard(0) if stays else Replicate(),), case
+                assert torch.equal(h.full_tensor(), expected) and (expected > 0).any(), case
+                h.sum().backward()
+                expected.sum().backward()
+                assert torch.equal(sharded.grad.full_tensor(), whole.grad), case
+                loss = logit_margin_hinge(sharded, sharded_ref, sharded_y, margin=0.3).full_tensor()
+                torch.testing.assert_close(loss, logit_margin_hinge(whole, ref, y, margin=0.3))
+    dist.barrier()
+    os._exit(0)  # gloo sometimes aborts when it is torn down
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_tokens_sharded_over_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_on_two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    vocab=st.one_of(st.integers(1, 40), st.just(50257)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_properties(data, vocab, dtype):
+    """Any finite logits, ties and subnormals among them: close to fp64, the same twice, and through any strides."""
+    norm, space = data.draw(st.sampled_from(NORMS)), data.draw(st.sampled_from(SPACES))
+    margin = data.draw(st.sampled_from([1e-3, 0.25, 1.0, 8.0]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    numbers = torch.tensor([0.0, -0.0, margin, -margin, margin / 2, 1e-7, -3.0, 2.0, 1e-40, 30.0])
+    z = numbers[torch.randint(len(numbers), (3, vocab), generator=generator)].to(dtype)
+    ref = torch.where(torch.rand(3, vocab, generator=generator) < 0.5, z, z.flip(0))
+    labels = torch.tensor([0, IGNORED, vocab - 1])
+    options = dict(margin=margin, norm=norm, space=space, reduction="none")
+
+    def run(z, ref):
+        z = z.detach().requires_grad_()
+        h = logit_margin_hinge(z, ref, labels, **options)
+        return h.detach(), torch.autograd.grad(h.sum(), z)[0]
+
+    h, grad = run(z, ref)
+    exact_h, exact_grad = run(z.double(), ref.double())
+    # What a difference of two log-sum-exps may be wrong by: ulps of numbers up to 30 + log V.
+    error = 1e-6 if space == "logits" else 2e-5
+    scale = vocab**0.5 if norm == "l2" else 1
+    torch.testing.assert_close(h.double(), exact_h, rtol=1e-5, atol=error * scale)
+    assert h[1] == 0 and not grad[1].any() and (h >= 0).all() and (h <= margin).all()
+    if space == "logits":
+        # fp16 holds 1 / 50257 to three digits only, as a subnormal.
+        torch.testing.assert_close(
+            grad.double(), exact_grad, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
+        )
+    apart = torch.full((3, 2 * vocab + 3), math.nan, dtype=dtype)
+    view = apart[:, 3::2].copy_(z)
+    for again in (run(z, ref), run(view, ref)):
+        assert torch.equal(again[0], h) and torch.equal(again[1], grad)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    case=st.sampled_from([(norm, space) for norm in NORMS for space in SPACES]),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    in_z=st.booleans(),
+    in_ref=st.booleans(),
+    at=st.integers(0, 10),
+)
+def test_nan_and_infinity_are_never_a_silent_number(case, bad, in_z, in_ref, at):
+    """A row is NaN, or what fp64 autograd says of it: an infinity in one tensor is a difference beyond the margin."""
+    z, ref, _ = rows(2, 11)
+    labels = torch.tensor([at, at])
+    if in_z:
+        z[0, at] = bad
+    if in_ref:
+        ref[0, at] = bad
+    h = logit_margin_hinge(z, ref, labels, margin=9.0, norm=case[0], space=case[1], reduction="none")
+    expected = naive(z.double(), ref.double(), labels, 9.0, *case)
+    torch.testing.assert_close(h.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if in_z and in_ref or (in_z or in_ref) and math.isnan(bad):
+        assert h[0].isnan()
+    assert h[1].isfinite()
