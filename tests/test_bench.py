@@ -45,7 +45,7 @@ def without_libraries(tmp_path_factory):
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec
 PathFinder.find_spec = classmethod(
-    lambda cls, name, path=None, target=None: None if name.partition(".")[0] in {NOT_THERE} else found(name, path, target)
+    lambda cls, name, *more: None if name.partition(".")[0] in {NOT_THERE} else found(name, *more)
 )
 """
     )

@@ -14,10 +14,9 @@ from quail_kernels.formats import Format
 
 from ..case import Case, Check
 from ..models import LLAMA_3_8B, SMOLLM2_135M, Model
-from .weights import EXACT, bnb_options, peers, ranked, weight
+from .weights import EXACT, OTHERS_MAY_DIFFER, bnb_options, peers, ranked, weight
 
 _COMPILED = ("bnb-nf4", "ct-int4-sym")
-_OTHERS_MAY_DIFFER = 20_000  # of a million
 
 
 def _pair(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +54,7 @@ def _judge(inputs: tuple, expected: tuple, answer: tuple, peer: str) -> Check:
     errors = [abs(int(want) - int(got)) for want, got in zip(expected[:2], answer[:2], strict=False)]
     per_million = max(errors) / inputs[0].numel() * 1e6
     if peer not in EXACT:
-        return Check(max(errors), per_million, per_million <= _OTHERS_MAY_DIFFER)
+        return Check(max(errors), per_million, per_million <= OTHERS_MAY_DIFFER)
     change_fits = abs(float(answer[2]) - float(expected[2])) <= 1e-5 * float(expected[2])
     return Check(max(errors), per_million, not any(errors) and change_fits)
 

@@ -15,7 +15,7 @@ from quail_kernels.formats import Format
 from ..case import Check, Peer, compiled, needs, plain
 
 EXACT = ("quail", "eager")
-_OTHERS_MAY_DIFFER = 20_000  # of a million
+OTHERS_MAY_DIFFER = 20_000  # of a million
 _BNB_TYPES = {"bnb-nf4": "nf4", "bnb-fp4": "fp4"}
 
 
@@ -51,7 +51,7 @@ def bnb_options(recipe: Format) -> dict:
 def judge(differs: torch.Tensor, error: torch.Tensor, peer: str, equal: bool) -> Check:
     """From whether each weight got another bucket, the errors, and whether every bit is as expected."""
     per_million = differs.double().mean().item() * 1e6
-    passed = equal if peer in EXACT else per_million <= _OTHERS_MAY_DIFFER
+    passed = equal if peer in EXACT else per_million <= OTHERS_MAY_DIFFER
     return Check(error.max().item(), per_million, passed)
 
 
