@@ -23,7 +23,7 @@ writes the gradient once. What the backward pass needs besides is six numbers a 
 Rows of any length and of any start are loaded and stored 128 bits at a time: the kernels count a row from its
 first 16-byte boundary, and take the few logits before it and after the last whole chunk by themselves. That needs
 all tensors of a launch to lie alike: unit strides, and rows equally far, in elements, from such a boundary. Others
-are read one logit at a time, which for bf16 takes 32 instructions a logit where 13 do (sm_90, per_logit).
+are read one logit at a time, which for bf16 takes 31 instructions a logit where 14 do (sm_90, per_logit).
 """
 
 import functools
@@ -277,8 +277,8 @@ def _margin_hinge_fwd_kernel(
 
     Norm label reads one element of each tensor instead (log_probs: besides). Norm per_logit reads both rows
     twice in log_probs, because whether a logit is inside the margin cannot be told before the last one is
-    read. The second time comes from the L2 cache only while all rows in flight fit it: on an H100 (50 MB, 4
-    programs an SM) bf16 rows of up to 23,000 logits. The other two norms need no second pass: a sum of squares
+    read. The second time comes from the L2 cache only while all rows in flight fit it: on an H100 (50 MB, 5
+    programs an SM) bf16 rows of up to 19,000 logits. The other two norms need no second pass: a sum of squares
     and a maximum can be shifted afterwards.
     """
     row = tl.program_id(0).to(tl.int64)
