@@ -2,8 +2,12 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
+import weight_cases
+from hypothesis import given, settings
+from weight_cases import LAYOUTS, laid_out, same_bits
 
 from quail_kernels import formats
 from quail_kernels.formats import WEIGHT_DTYPES, get_format
@@ -66,6 +70,18 @@ def assert_same_bits(got, expected):
     assert torch.equal(got, expected), f"{(got != expected).sum()} of {got.numel()} bytes differ"
 
 
+def assert_same_comparison(before, after, recipe, shared):
+    counts, sums, top, same = bucket_compare._bucket_compare_torch(before, after, recipe, shared, True)
+    got_counts, got_sums, got_top, got_same = bucket_compare._bucket_compare_triton(
+        before, after, recipe, shared, True, TILE
+    )
+    assert got_counts.tolist() == counts.tolist()
+    assert got_same.tolist() == same.tolist()
+    assert same_bits(got_top.view(torch.float32), top.view(torch.float32))
+    # A program adds at most TILE numbers >= 0 in fp32, pairwise: at most log2(TILE) + 1 roundings each.
+    torch.testing.assert_close(got_sums, sums, rtol=15 * 2**-24, atol=0, equal_nan=True)
+
+
 @DTYPES
 @FORMATS
 def test_quantize_dequantize_and_fake_quant(format, dtype):
@@ -123,8 +139,8 @@ def test_empty(format):
     assert codes.shape == (0,) and scales.shape[0] == 0
     assert fake_quant._fake_quant_triton(w, recipe).shape == w.shape
     assert fake_quant._dequantize_triton(codes, scales, recipe, w.shape, w.dtype).shape == w.shape
-    counts, sums, _ = bucket_compare._bucket_compare_triton(w, w, recipe, False, True)
-    assert not counts.any() and not sums.any()
+    counts, sums, top, _ = bucket_compare._bucket_compare_triton(w, w, recipe, False, True)
+    assert not counts.any() and not sums.any() and not top
 
 
 @DTYPES
@@ -136,18 +152,64 @@ def test_bucket_compare(format, dtype, shared):
         noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(1)) * 2e-3
         after = (before.float() + noise).to(dtype)
         after.view(-1)[: before.numel() // 8] = before.view(-1)[: before.numel() // 8]
-        counts, sums, same = bucket_compare._bucket_compare_torch(before, after, recipe, shared, True)
-        triton_counts, triton_sums, triton_same = bucket_compare._bucket_compare_triton(
-            before, after, recipe, shared, True, TILE
-        )
-        assert triton_counts.tolist() == counts.tolist()
-        assert triton_same.tolist() == same.tolist()
-        assert triton_sums[2] == sums[2]
-        # A program adds at most TILE numbers >= 0 in fp32, pairwise: at most log2(TILE) + 1 roundings each.
-        torch.testing.assert_close(triton_sums[:2], sums[:2], rtol=15 * 2**-24, atol=0)
+        assert_same_comparison(before, after, recipe, shared)
 
 
 def test_bucket_compare_twice_gives_the_same_bits():
     before, after = torch.randn(2, 64, 768).unbind()
     runs = [bucket_compare._bucket_compare_triton(before, after, get_format("bnb-nf4"), False, True) for _ in range(2)]
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "four dimensions"])
+@FORMATS
+def test_strides(format, layout):
+    recipe = get_format(format)
+    w, other = torch.randn(2, 12, 768, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
+    if layout == "four dimensions":
+        w, other = w.view(2, 2, 3, 768), other.view(2, 2, 3, 768)
+        w = w.new_zeros(3, 2, 2, 1536)[..., ::2].permute(2, 1, 0, 3).copy_(w)
+    else:
+        w = laid_out(w, layout)
+    codes, scales = fake_quant._quantize_triton(w, recipe, TILE)
+    expected_codes, expected_scales = fake_quant._quantize_torch(w.contiguous(), recipe)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+    w_q = fake_quant._fake_quant_torch(w.contiguous(), recipe)
+    assert_same_bits(fake_quant._fake_quant_triton(w, recipe, TILE), w_q)
+    codes, scales = laid_out(codes, "every second"), laid_out(scales, "every second")
+    assert_same_bits(fake_quant._dequantize_triton(codes, scales, recipe, w.shape, w.dtype, TILE), w_q)
+    for pair in ((w, other), (other, w)):
+        assert_same_comparison(*pair, recipe, False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight_cases.weights(most_rows=2))
+def test_whatever_the_weights_are(case):
+    format, w = case
+    recipe = get_format(format)
+    codes, scales = fake_quant._quantize_torch(w, recipe)
+    assert all(map(same_bits, fake_quant._quantize_triton(w, recipe, TILE), (codes, scales)))
+    w_q = fake_quant._fake_quant_torch(w, recipe)
+    assert same_bits(fake_quant._fake_quant_triton(w, recipe, TILE), w_q)
+    assert same_bits(fake_quant._dequantize_triton(codes, scales, recipe, w.shape, w.dtype, TILE), w_q)
+
+
+def far_apart(rows, columns, seed):
+    """fp16 rows more than 2^30 elements from each other; of the 8 GB between them no page is ever touched."""
+    stride = 2**30 + 64
+    buffer = torch.from_numpy(np.empty((rows - 1) * stride + columns, dtype=np.float16))
+    view = buffer.as_strided((rows, columns), (stride, 1))
+    return view.copy_(weights((rows, columns), torch.float16, None) * (1 + seed))
+
+
+@pytest.mark.parametrize("columns", [768, 770], ids=["rows of whole groups", "groups that straddle rows"])
+def test_offsets_past_two_to_the_31(columns):
+    recipe = get_format("bnb-nf4")
+    before, after = far_apart(4, columns, 0), far_apart(4, columns, 1)
+    assert before.stride(0) * 3 > 2**31
+    near = before.contiguous()
+    assert_same_bits(fake_quant._fake_quant_triton(before, recipe, TILE), fake_quant._fake_quant_torch(near, recipe))
+    assert_same_bits(fake_quant._quantize_triton(before, recipe, TILE)[0], fake_quant._quantize_torch(near, recipe)[0])
+    counts = bucket_compare._bucket_compare_triton(before, after, recipe, True, True, TILE)[0]
+    assert torch.equal(counts, bucket_compare._bucket_compare_torch(near, after.contiguous(), recipe, True, True)[0])

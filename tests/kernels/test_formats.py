@@ -1,7 +1,11 @@
 import pytest
 import torch
+import weight_cases
+from weight_cases import LAYOUTS, laid_out
 
 from quail_kernels import FORMATS, fake_quant, get_format
+from quail_kernels.formats.base import flat_part, tensor_range
+from quail_kernels.formats.tiles import strided
 
 # As the CUDA sources of bitsandbytes spell them.
 NF4_THRESHOLDS = [
@@ -27,18 +31,70 @@ def test_fp4_has_one_bucket_for_both_zeros():
 def test_group_size_in_the_name_or_beside_it():
     assert get_format("ct-int4-sym@64") == get_format("ct-int4-sym", 64) == get_format("ct-int4-sym@64", 64)
     assert str(get_format("bnb-nf4@128")) == "bnb-nf4@128"
-    assert {name: get_format(name).group_size for name in FORMATS} == {
-        "bnb-nf4": 64,
-        "bnb-fp4": 64,
-        "ct-int4-sym": 128,
-        "minmax-int4": None,
-    }
+    assert get_format("bnb-nf4@128") is get_format("bnb-nf4@128"), "its tables are reckoned once"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_registry(format):
+    recipe = get_format(format)
+    assert recipe.name == format == str(recipe).split("@")[0]
+    assert recipe.group_size is None or recipe.group_size in recipe.legal_group_sizes
+    assert all(size % 2 == 0 for size in recipe.legal_group_sizes), "a group starts with a byte of codes"
+    assert sorted(recipe.codes) == list(range(16)) and len(recipe.levels) == 16
+    for size in (recipe.legal_group_sizes[0], recipe.legal_group_sizes[-1]):
+        assert get_format(f"{format}@{size}").group_size == size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_and_range_of_strided_weights(layout):
+    w = laid_out(weight_cases.normal(3, 5, 70), layout)
+    flat = w.reshape(-1)
+    for start in (0, 1, 69, 70, 71, 350, 1000):
+        for stop in (start + 1, start + 70, start + 701, w.numel()):
+            if start < stop <= w.numel():
+                part = flat_part(w, slice(start, stop))
+                assert part.is_contiguous() and torch.equal(part, flat[start:stop])
+    assert torch.equal(torch.stack(tensor_range(w)), torch.stack(torch.aminmax(flat)))
+    spoiled = w.clone()
+    spoiled[1, 2, 3] = torch.nan
+    assert torch.stack(tensor_range(laid_out(spoiled, layout))).isnan().all() or layout == "expanded"
+
+
+@pytest.mark.parametrize(
+    ("view", "layout"),
+    [
+        (lambda w: w, (None, None, None, None, None)),
+        (lambda w: w[:, :1], (None, 4608, 1, None, 1152)),
+        (lambda w: w[..., 128:256], (None, 384, 1, None, 128)),
+        (lambda w: w[..., 0], (None, None, 384, None, None)),
+        (lambda w: w[:, 1:3, :, 8:16], (4608, 384, 1, 6, 8)),
+        (lambda w: w.permute(0, 1, 3, 2), (1152, 1, 384, 384, 3)),
+        (lambda w: w[:1, :1, :1, ::2], (None, None, 2, None, None)),
+    ],
+)
+def test_dimensions_of_one_stride_are_one(view, layout):
+    w = view(torch.arange(2 * 4 * 3 * 384).view(2, 4, 3, 384))
+    same, got = strided(w)
+    assert same is w and got == layout
+    if layout[2] is not None:
+        stride_0, stride_1, stride_2, size_1, size_2 = got
+        flat = torch.arange(w.numel())
+        row, column = (flat // size_2, flat % size_2) if size_2 else (0, flat)
+        outer, row = (row // size_1, row % size_1) if size_1 else (0, row)
+        addresses = outer * (stride_0 or 0) + row * (stride_1 or 0) + column * stride_2
+        assert torch.equal(w.storage_offset() + addresses, w.reshape(-1))
+
+
+def test_more_than_three_dimensions_are_copied():
+    w = torch.zeros(3, 2, 2, 1536)[..., ::2].permute(2, 1, 0, 3)
+    same, layout = strided(w)
+    assert same.is_contiguous() and same.shape == w.shape and layout == (None,) * 5
 
 
 @pytest.mark.parametrize(
     ("format", "group_size", "says"),
     [
-        ("nf4", None, "expected one of bnb-nf4, bnb-fp4, ct-int4-sym, minmax-int4.*got 'nf4'"),
+        ("nf4", None, f"expected one of {', '.join(FORMATS)}.*got 'nf4'"),
         ("bnb-nf4@", None, "expected a number after @.*got 'bnb-nf4@'"),
         ("bnb-nf4@-64", None, "expected a number after @"),
         ("bnb-nf4@64", 128, "expected 64.*got 128"),
