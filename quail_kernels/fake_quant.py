@@ -163,15 +163,18 @@ def _dequantize_fwd_kernel(
     pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
     packed = tl.load(codes_ptr + first // 2, mask=pair_mask, other=0).to(tl.int32)
     code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
-    level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
+    level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.int32)
     for i in tl.static_range(1, 16):
-        level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.float32), level)
+        level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.int32), level)
+    level = level.to(tl.float32, bitcast=True)
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
     scale = tl.load(scales_ptr + N_PARAMS * group, mask=is_group, other=0.0)
     aux = tl.load(scales_ptr + 2 * group + 1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
-    w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND).to(scale.dtype)
+    w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND)
+    if KIND == "symmetric":
+        w_q = w_q.to(scale.dtype)
     tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty), mask=mask)
 
 
@@ -191,7 +194,7 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
             w,
             recipe.fit_tensor(w.view(-1)),
             w.numel(),
-            LEVELS=recipe.levels,
+            LEVELS=recipe.level_bits,
             **constants,
             **launch_options(constants),
         )
@@ -248,7 +251,7 @@ def _dequantize_triton(
             w_q.numel(),
             KIND=recipe.kind,
             N_PARAMS=recipe.n_params,
-            LEVELS_BY_CODE=tuple(recipe.levels[recipe.codes.index(code)] for code in range(16)),
+            LEVELS_BY_CODE=tuple(recipe.level_bits[recipe.codes.index(code)] for code in range(16)),
             **constants,
             **options,
         )
@@ -355,7 +358,9 @@ def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tup
         codes: uint8 [ceil(n / 2)], the first of two weights in the high nibble; an odd tail is filled with
             the code of a zero weight (``minmax-int4``: code 0).
         scales: one a group: fp32 absmax [groups] (bitsandbytes), the scale in w's dtype [groups]
-            (``ct-int4-sym``), or fp32 [groups, 2] = (step, minimum) (``minmax-int4``).
+            (``ct-int4-sym``), fp32 [groups, 2] = (step, minimum) (``minmax-int4``), fp16 d [groups]
+            (``gguf-q4_0``) or [groups, 2] = (d, minimum) (``gguf-q4_1``), the power of two in fp32 [groups]
+            (``mxfp4`` and its kin), or fp32 [groups, 2] = (E4M3 scale, scale of the tensor) (``nvfp4``).
     """
     check_weight("w", w, get_format(format, group_size))
     return _quantize_op(w.detach(), format, group_size)

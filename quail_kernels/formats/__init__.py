@@ -6,23 +6,27 @@ file of its family, with x a weight of group g, all in fp32 unless said:
 
     codebook.py    bnb-nf4, bnb-fp4
     integer.py     ct-int4-sym, minmax-int4
+    gguf.py        gguf-q4_0, gguf-q4_1
+    microscaling.py    mxfp4, mxfp4-rceil, gguf-mxfp4, nvfp4
 
 A recipe that follows a rule that is there is one entry in RECIPES; a new rule is a class with the PyTorch
 reference, the Triton functions beside it, and its KIND in tiles.py.
 
 NaN and infinity are never hidden. A NaN makes its group's parameters NaN, so the whole group dequantizes to
-NaN; an infinity makes them infinite, and its group dequantizes to NaN and infinity only. What code they get
-is said with each recipe.
+NaN; an infinity makes them infinite, and its group dequantizes to NaN and infinity only, but for the recipes
+with a power of two as the scale, where the infinity stays one and the rest of its group becomes zeros. What
+code they get is said with each recipe.
 """
 
 from dataclasses import replace
 
-from . import codebook, integer
+from . import codebook, gguf, integer, microscaling
 from .base import WEIGHT_DTYPES, Format, check_shape, check_weight, group_chunks, in_words
 
 __all__ = ["FORMATS", "WEIGHT_DTYPES", "Format", "check_shape", "check_weight", "get_format", "group_chunks"]
 
-FORMATS: dict[str, Format] = {recipe.name: recipe for family in (codebook, integer) for recipe in family.RECIPES}
+_FAMILIES = (codebook, integer, gguf, microscaling)
+FORMATS: dict[str, Format] = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 
 
 def get_format(format: str, group_size: int | None = None) -> Format:

@@ -9,7 +9,9 @@ rule of its KIND, which stands beside the reference of that rule.
 from .._triton import abs_bits, tl, triton
 from .base import Format
 from .codebook import codebook_fit, codebook_position
+from .gguf import gguf_position, gguf_rank, q4_0_fit, q4_1_fit, through_fp16
 from .integer import minmax_fit, minmax_rank, symmetric_fit, symmetric_rank
+from .microscaling import mx_fit, mx_position, mx_unit, nvfp4_fit, nvfp4_position
 
 
 def tile_constants(recipe: Format, n: int, tile: int) -> dict:
@@ -55,6 +57,14 @@ def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.cons
         scale = codebook_fit(absmax, short)
     elif KIND == "symmetric":
         scale = symmetric_fit(absmax, dtype, RULE)
+    elif KIND == "q4_0":
+        scale = q4_0_fit(x, absmax)
+    elif KIND == "q4_1":
+        scale, aux = q4_1_fit(x, mask, absmax)
+    elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
+        scale = mx_fit(absmax, KIND)
+    elif KIND == "nvfp4":
+        scale, aux = nvfp4_fit(absmax, of_tensor)
     else:
         tl.static_assert(KIND == "minmax")
         scale, aux = minmax_fit(x, mask, absmax)
@@ -67,6 +77,14 @@ def tile_position(x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.cons
         pos = codebook_position(x, scale, short, HAS_SHORT)
     elif KIND == "symmetric":
         pos = tl.div_rn(x, tl.broadcast_to(scale, x.shape)).to(dtype).to(tl.float32)
+    elif KIND == "q4_0":
+        pos = gguf_position(x, scale)
+    elif KIND == "q4_1":
+        pos = gguf_position(x - aux, scale)
+    elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
+        pos = mx_position(x, scale, KIND)
+    elif KIND == "nvfp4":
+        pos = nvfp4_position(x, scale, aux)
     else:
         tl.static_assert(KIND == "minmax")
         pos = tl.div_rn(x - aux, tl.broadcast_to(scale, x.shape))
@@ -87,6 +105,10 @@ def _uniform_rank(pos, KIND: tl.constexpr):
     """The bucket of a uniform recipe as fp32, 0 to 15."""
     if KIND == "symmetric":
         rank = symmetric_rank(pos)
+    elif KIND == "q4_0":
+        rank = gguf_rank(pos, 8.0)
+    elif KIND == "q4_1":
+        rank = gguf_rank(pos, 0.0)
     else:
         tl.static_assert(KIND == "minmax")
         rank = minmax_rank(pos)
@@ -104,19 +126,36 @@ def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.cons
 
 
 @triton.jit
+def tile_bucket(pos, scale, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, BUCKETS: tl.constexpr):
+    """The bucket's place on the number line."""
+    bucket = tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
+    return tl.where(scale < 0, 16 - bucket, bucket) if KIND == "q4_0" else bucket
+
+
+@triton.jit
 def tile_scaled(level, scale, aux, KIND: tl.constexpr):
     """What a level stands for in groups of these parameters, in fp32 and not yet rounded to the model's
     dtype."""
-    return aux + level * scale if KIND == "minmax" else level * scale
+    if KIND == "minmax":
+        value = aux + level * scale
+    elif KIND == "q4_0":
+        value = level * through_fp16(scale)
+    elif KIND == "q4_1":
+        value = level * through_fp16(scale) + through_fp16(aux)
+    elif KIND == "nvfp4":
+        value = level * (aux * scale)
+    else:
+        value = level * scale
+    return value
 
 
 @triton.jit
 def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
-    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
+    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype; LEVELS are fp32 bits."""
     if len(THRESHOLDS):
-        level = _look_up(pos, THRESHOLDS, LEVELS, tl.float32)
+        level = _look_up(pos, THRESHOLDS, LEVELS, tl.int32).to(tl.float32, bitcast=True)
     else:
-        level = _uniform_rank(pos, KIND) + LEVELS[0]
+        level = _uniform_rank(pos, KIND) + tl.full([1, 1], LEVELS[0], tl.int32).to(tl.float32, bitcast=True)
     return tile_scaled(level, scale, aux, KIND)
 
 
@@ -124,7 +163,12 @@ def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LE
 def tile_step(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr):
     """The width of the bucket that the weight lies in."""
     if len(THRESHOLDS):
-        width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * scale
+        unit = scale
+        if KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
+            unit = mx_unit(scale, KIND)
+        if KIND == "nvfp4":
+            unit = aux * scale
+        width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * unit
     else:
-        width = tl.broadcast_to(scale, pos.shape)
+        width = tl.broadcast_to(tl.abs(scale) if KIND == "q4_0" else scale, pos.shape)
     return width
