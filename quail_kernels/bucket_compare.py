@@ -300,7 +300,7 @@ def _bucket_compare_triton(
             of_before,
             of_before if shared_scales else recipe.fit_tensor(after),
             n,
-            LEVELS=recipe.level_bits,
+            LEVELS=recipe.levels,
             BUCKETS=recipe.buckets,
             WIDTHS=recipe.widths,
             SHARED_SCALES=shared_scales,

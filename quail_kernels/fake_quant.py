@@ -25,6 +25,7 @@ from .formats.tiles import (
     tile_constants,
     tile_entry,
     tile_fit,
+    tile_level,
     tile_offsets,
     tile_position,
     tile_scaled,
@@ -163,10 +164,7 @@ def _dequantize_fwd_kernel(
     pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
     packed = tl.load(codes_ptr + first // 2, mask=pair_mask, other=0).to(tl.int32)
     code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
-    level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.int32)
-    for i in tl.static_range(1, 16):
-        level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.int32), level)
-    level = level.to(tl.float32, bitcast=True)
+    level = tile_level(code, KIND, LEVELS_BY_CODE)
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
@@ -194,7 +192,7 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
             w,
             recipe.fit_tensor(w.view(-1)),
             w.numel(),
-            LEVELS=recipe.level_bits,
+            LEVELS=recipe.levels,
             **constants,
             **launch_options(constants),
         )
@@ -251,7 +249,7 @@ def _dequantize_triton(
             w_q.numel(),
             KIND=recipe.kind,
             N_PARAMS=recipe.n_params,
-            LEVELS_BY_CODE=tuple(recipe.level_bits[recipe.codes.index(code)] for code in range(16)),
+            LEVELS_BY_CODE=tuple(recipe.levels[recipe.codes.index(code)] for code in range(16)),
             **constants,
             **options,
         )

@@ -1,6 +1,5 @@
 """What every recipe has, and how a tensor is cut into groups."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,11 +66,6 @@ class Format:
 
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return torch.tensor(self.buckets, dtype=torch.int32, device=rank.device)[rank]
-
-    @functools.cached_property
-    def level_bits(self) -> tuple[int, ...]:
-        """The levels as the kernels are given them: a -0 among them would lose its sign as a constant."""
-        return tuple(torch.tensor(self.levels, dtype=torch.float32, device="cpu").view(torch.int32).tolist())
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()

@@ -60,7 +60,10 @@ _E2M1 = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
 
 @dataclass(frozen=True)
 class E2M1(Levels):
-    """Positions rounded to E2M1: the buckets, whatever gives the scale."""
+    """Positions rounded to E2M1: the buckets, whatever gives the scale.
+
+    The reference looks a position up among thresholds, the kernels round it arithmetically.
+    """
 
     def unit(self, params: torch.Tensor) -> torch.Tensor:
         """[groups], the difference of weights that is a difference of 1 in position."""
@@ -78,6 +81,9 @@ class E2M1(Levels):
         below = points.nextafter(torch.tensor(-torch.inf, device="cpu"))
         up = torch.tensor([self.tie_goes_up(rank) for rank in range(15)], device="cpu")
         return tuple(torch.where(up, below, points).tolist())
+
+    def kernel_constants(self, dtype: torch.dtype) -> dict:
+        return super().kernel_constants(dtype) | {"THRESHOLDS": None}
 
     def tie_goes_up(self, rank: int) -> bool:
         """Whether a position halfway between the levels of ``rank`` and ``rank + 1`` takes the upper one."""
@@ -202,8 +208,7 @@ def mx_position(x, scale, KIND: tl.constexpr):
     unit = mx_unit(scale, KIND)
     # Of a power of two the reciprocal is exact, and so dividing by one is multiplying by the other.
     exponent = 254 - (unit.to(tl.int32, bitcast=True) >> 23)
-    pos = x * tl.where(unit == unit, power_of_two(exponent), unit)
-    return tl.where(tl.abs(pos) <= 0.25, 0.0, pos) if KIND == "mx_gguf" else without_negative_zero(pos)
+    return e2m1(x * tl.where(unit == unit, power_of_two(exponent), unit), KIND == "mx_gguf")
 
 
 @triton.jit
@@ -225,10 +230,50 @@ def e4m3(x):
 @triton.jit
 def nvfp4_position(x, scale, of_tensor):
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), of_tensor)
-    return without_negative_zero(x * tl.div_rn(inverse, scale))
+    return e2m1(x * tl.div_rn(inverse, scale), False)
 
 
 @triton.jit
-def without_negative_zero(pos):
-    """A threshold cannot tell -0 from 0: -0 becomes another number of its bucket."""
-    return tl.where(pos.to(tl.int32, bitcast=True) == -2147483648, -0.125, pos)
+def e2m1(pos, TIES_TO_ZERO: tl.constexpr):
+    """fp32 to the nearest E2M1 number of the same sign, saturating; NaN becomes 6.
+
+    Ties go to the even code, or to the smaller magnitude, where then a zero of either sign is 0.
+    """
+    pos = tl.where(pos == pos, pos, 6.0)
+    magnitude = tl.minimum(tl.abs(pos), 6.0)
+    # Adding 1.5 * 2^23 times the levels' spacing leaves none of the bits below that.
+    shift = tl.where(magnitude < 2, 6291456.0, tl.where(magnitude < 4, 12582912.0, 25165824.0))
+    level = (magnitude + shift) - shift
+    if TIES_TO_ZERO:
+        spacing = tl.where(magnitude < 2, 0.5, tl.where(magnitude < 4, 1.0, 2.0))
+        level = tl.where(level - magnitude == 0.5 * spacing, level - spacing, level)
+    sign = pos.to(tl.int32, bitcast=True) & -2147483648
+    signed = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(level == 0, 0.0, signed) if TIES_TO_ZERO else signed
+
+
+@triton.jit
+def e2m1_code(level):
+    """Times 2^-126 an E2M1 number, subnormal or not, has in fp32 the exponent and the bit that it is coded with."""
+    bits = (level * 2.0**-126).to(tl.int32, bitcast=True)
+    return ((bits >> 28) & 8) | ((bits >> 22) & 7)
+
+
+@triton.jit
+def e2m1_level(code):
+    return (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 2.0**126
+
+
+@triton.jit
+def e2m1_bucket(level):
+    code = e2m1_code(level)
+    return tl.where(code < 8, 7 + code, 15 - code)
+
+
+@triton.jit
+def e2m1_width(level, WIDTHS: tl.constexpr):
+    magnitude = tl.abs(level)
+    width = tl.where(magnitude < 2, WIDTHS[8], WIDTHS[12])
+    width = tl.where(magnitude < 3, width, WIDTHS[13])
+    width = tl.where(magnitude < 4, width, WIDTHS[14])
+    return tl.where(magnitude < 6, width, WIDTHS[15])

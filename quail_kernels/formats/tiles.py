@@ -4,6 +4,9 @@ A weight's ``position`` is the weight on its group's own scale: code, bucket, va
 it, and the compiler drops what a kernel does not store. A group's parameters are two numbers, ``scale`` and
 ``aux`` (the minimum, the zero point, or 0 where the rule has only a scale). Each function sends a tile to the
 rule of its KIND, which stands beside the reference of that rule.
+
+THRESHOLDS are what a position is looked up among; there are none, (), where buckets are uniform, and None
+stands for a position that is an E2M1 number already.
 """
 
 from .._triton import abs_bits, tl, triton
@@ -11,7 +14,17 @@ from .base import Format
 from .codebook import codebook_fit, codebook_position
 from .gguf import gguf_position, gguf_rank, q4_0_fit, q4_1_fit, through_fp16
 from .integer import minmax_fit, minmax_rank, symmetric_fit, symmetric_rank
-from .microscaling import mx_fit, mx_position, mx_unit, nvfp4_fit, nvfp4_position
+from .microscaling import (
+    e2m1_bucket,
+    e2m1_code,
+    e2m1_level,
+    e2m1_width,
+    mx_fit,
+    mx_position,
+    mx_unit,
+    nvfp4_fit,
+    nvfp4_position,
+)
 
 
 def tile_constants(recipe: Format, n: int, tile: int) -> dict:
@@ -117,8 +130,10 @@ def _uniform_rank(pos, KIND: tl.constexpr):
 
 @triton.jit
 def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.constexpr):
-    """The int32 that TABLE gives by rank; in a uniform recipe that is the rank itself."""
-    if len(THRESHOLDS):
+    """The int32 that TABLE gives by rank; in a uniform recipe that is the rank itself, in E2M1 the code."""
+    if THRESHOLDS is None:
+        number = e2m1_code(pos)
+    elif len(THRESHOLDS):
         number = _look_up(pos, THRESHOLDS, TABLE, tl.int32)
     else:
         number = _uniform_rank(pos, KIND).to(tl.int32)
@@ -128,8 +143,23 @@ def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.cons
 @triton.jit
 def tile_bucket(pos, scale, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, BUCKETS: tl.constexpr):
     """The bucket's place on the number line."""
-    bucket = tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
+    if THRESHOLDS is None:
+        bucket = e2m1_bucket(pos)
+    else:
+        bucket = tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
     return tl.where(scale < 0, 16 - bucket, bucket) if KIND == "q4_0" else bucket
+
+
+@triton.jit
+def tile_level(code, KIND: tl.constexpr, LEVELS_BY_CODE: tl.constexpr):
+    """The level that an int32 code stands for."""
+    if KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf" or KIND == "nvfp4":
+        level = e2m1_level(code)
+    else:
+        level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
+        for i in tl.static_range(1, 16):
+            level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.float32), level)
+    return level
 
 
 @triton.jit
@@ -151,24 +181,24 @@ def tile_scaled(level, scale, aux, KIND: tl.constexpr):
 
 @triton.jit
 def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
-    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype; LEVELS are fp32 bits."""
-    if len(THRESHOLDS):
-        level = _look_up(pos, THRESHOLDS, LEVELS, tl.int32).to(tl.float32, bitcast=True)
+    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
+    if THRESHOLDS is None:
+        level = pos
+    elif len(THRESHOLDS):
+        level = _look_up(pos, THRESHOLDS, LEVELS, tl.float32)
     else:
-        level = _uniform_rank(pos, KIND) + tl.full([1, 1], LEVELS[0], tl.int32).to(tl.float32, bitcast=True)
+        level = _uniform_rank(pos, KIND) + LEVELS[0]
     return tile_scaled(level, scale, aux, KIND)
 
 
 @triton.jit
 def tile_step(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr):
     """The width of the bucket that the weight lies in."""
-    if len(THRESHOLDS):
-        unit = scale
-        if KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
-            unit = mx_unit(scale, KIND)
-        if KIND == "nvfp4":
-            unit = aux * scale
-        width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * unit
+    if THRESHOLDS is None:
+        unit = aux * scale if KIND == "nvfp4" else mx_unit(scale, KIND)
+        width = e2m1_width(pos, WIDTHS) * unit
+    elif len(THRESHOLDS):
+        width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * scale
     else:
         width = tl.broadcast_to(tl.abs(scale) if KIND == "q4_0" else scale, pos.shape)
     return width
