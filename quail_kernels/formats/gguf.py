@@ -12,7 +12,8 @@ r"""The legacy 4-bit blocks of llama.cpp: 32 weights along the last dimension, f
 ``gguf-q4_1`` (the same files, Q4_1, quantize_row_q4_1_ref)
         d = (max - min) / 15          q = min(trunc((x - min) * (1 / d) + 0.5), 15)
         value = q * fp16(d) + fp16(min)
-    A constant block has d = 0, code 0 and the value fp16(min).
+    A constant block has d = 0, code 0 and the value fp16(min). A minimum of zero is stored as 0, also where it
+    is -0: which one a block with both has depends on the order of the search, and no value does on that.
 
 fp16 is part of the recipe. A d or a minimum beyond 65504 is stored as infinity, and its block dequantizes to
 infinities and NaN; one below 2^-25 is stored as 0. An fp32 block so small that 1 / d overflows
@@ -81,7 +82,7 @@ class Q4_1(Format):
         return torch.float16
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        low, high = (end.float() for end in torch.aminmax(x, dim=1))
+        low, high = (end.float().masked_fill(end == 0, 0) for end in torch.aminmax(x, dim=1))
         # A divisor that is no tensor would make PyTorch multiply by its reciprocal on CUDA.
         return torch.stack([(high - low) / torch.full((), 15.0, device=x.device), low], dim=1)
 
@@ -117,7 +118,8 @@ def q4_0_fit(x, absmax):
 def q4_1_fit(x, mask, absmax):
     low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
     high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
-    low = tl.where(absmax == absmax, low, absmax)
+    low = tl.where(absmax == absmax, tl.where(low == 0, 0.0, low), absmax)
+    high = tl.where(high == 0, 0.0, high)
     return tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), low
 
 

@@ -41,8 +41,8 @@ the tensor; https://arxiv.org/abs/2509.25149)
 A NaN makes its block's scale NaN (0xFF in E8M0, 0x7F in E4M3), and the block dequantizes to NaN; under
 ``nvfp4`` it makes t and so the whole tensor NaN. The codes of such a block are 7 here; in the libraries they
 are what their bit arithmetic makes of a NaN. An infinity saturates to code 7 or 15 and has an infinite value
-again, since its scale is 2^126 or 2^127; the rest of its block becomes zeros. Under ``nvfp4`` it makes t infinite:
-it keeps its infinite value, and all else in the tensor is NaN.
+again, since its scale is 2^126 or 2^127; the rest of its block becomes zeros. Under ``nvfp4`` it makes t infinite
+and everything in the tensor NaN.
 """
 
 import functools

@@ -50,6 +50,19 @@ def documented(heading):
     return [[cell.strip() for cell in line] for line in lines[2:]]
 
 
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def table_row(w, format, other, codes, values):
+    """What the table of formats/README.md says of these codes and values of another's, but for the cause."""
+    differ = unpack(quantize(w, format)[0]) != codes, fake_quant(w, format) != values
+    return [f"`{format}`", other, SHORT[w.dtype], f"{w.numel():,}", *map(per_million, differ)]
+
+
+def assert_documented(row, heading):
+    assert row in [line[: len(row)] for line in documented(heading)], f"formats/README.md, {heading}: {row}"
+
+
 def per_million(different):
     """As the tables write it: whole where there are ten or more, else to a hundredth, which is one of ten million."""
     rate = different.double().mean().item() * 1e6
