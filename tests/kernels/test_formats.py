@@ -32,6 +32,12 @@ def test_group_size_in_the_name_or_beside_it():
         "bnb-fp4": 64,
         "ct-int4-sym": 128,
         "minmax-int4": None,
+        "gguf-q4_0": 32,
+        "gguf-q4_1": 32,
+        "mxfp4": 32,
+        "mxfp4-rceil": 32,
+        "gguf-mxfp4": 32,
+        "nvfp4": 16,
     }
 
 
