@@ -105,12 +105,11 @@ def mean_step(w: Tensor, format: str, group_size: int | None = None) -> float:
     """The mean width of the buckets that the weights of ``w`` lie in under a recipe, in units of ``w``."""
     recipe = get_format(format, group_size)
     check_weight("w", w, recipe)
-    flat = w.reshape(-1)
-    of_tensor, total = recipe.fit_tensor(flat), 0.0
-    for _, _, x, short in group_chunks(flat, recipe):
+    of_tensor, total = recipe.fit_tensor(w), 0.0
+    for _, _, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
         total += recipe.step(recipe.rank(x, params, short), params).double().sum().item()
-    return total / max(flat.numel(), 1)
+    return total / max(w.numel(), 1)
 
 
 def _forward_takes(model: nn.Module, name: str) -> bool:

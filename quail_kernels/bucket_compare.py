@@ -16,10 +16,11 @@ of w_before, as the paper's argument has it. With re-fitted scales codes may ove
 overlap by 16 %.
 
 Buckets are numbered along the number line, so a distance counts buckets also where codes are not in order
-(FP4), and the two codes that FP4 has for zero are one bucket: telling them apart inflates the changed share
-by several percent. Two groups that are zero throughout are in the same bucket, whatever code a back end gives
-them. In a codebook recipe s is the distance between the two thresholds around the weight times absmax, where
-the outermost buckets end at -1 and 1; in a uniform recipe it is the scale or the step.
+(FP4, a negative scale in ``gguf-q4_0``), and the two codes that FP4 has for zero are one bucket: telling them
+apart inflates the changed share by several percent. Two groups that are zero throughout are in the same
+bucket, whatever code a back end gives them. In a codebook recipe s is the distance between the two thresholds
+around the weight times the scale, where the outermost buckets end with what the recipe's positions can be
+(-1 and 1 for bitsandbytes, 6 or 8 for E2M1); in a uniform recipe it is the scale or the step.
 """
 
 from dataclasses import dataclass, fields
@@ -34,8 +35,8 @@ from .formats.tiles import (
     launch_options,
     strided,
     tile_addresses,
+    tile_bucket,
     tile_constants,
-    tile_entry,
     tile_fit,
     tile_offsets,
     tile_position,
@@ -160,7 +161,6 @@ def _bucket_compare_torch(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     top = torch.zeros((), dtype=torch.int32, device=device)
     group_same = torch.zeros(recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device)
-    bucket_by_rank = torch.tensor(recipe.buckets, dtype=torch.int32, device=device)
     of_before = recipe.fit_tensor(before)
     of_after = of_before if shared_scales else recipe.fit_tensor(after)
     nonzero = torch.zeros((), dtype=torch.bool, device=device)
@@ -170,7 +170,7 @@ def _bucket_compare_torch(
         params = recipe.params(x, short, of_before)
         y_params = params if shared_scales else recipe.params(y, short, of_after)
         rank, y_rank = recipe.rank(x, params, short), recipe.rank(y, y_params, short)
-        distance = (bucket_by_rank[y_rank] - bucket_by_rank[rank]).abs()
+        distance = (recipe.bucket(y_rank, y_params) - recipe.bucket(rank, params)).abs().clamp(max=_BINS - 1)
         value = recipe.value(rank, params).to(x.dtype)
         change = (y.float() - x.float()).abs()
         step = recipe.step(rank, params)
@@ -275,7 +275,9 @@ def _bucket_compare_fwd_kernel(
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
     y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
 
-    distance = tl.abs(tile_entry(y_pos, KIND, THRESHOLDS, BUCKETS) - tile_entry(pos, KIND, THRESHOLDS, BUCKETS))
+    bucket = tile_bucket(pos, scale, KIND, THRESHOLDS, BUCKETS)
+    y_bucket = tile_bucket(y_pos, y_scale, KIND, THRESHOLDS, BUCKETS)
+    distance = tl.minimum(tl.abs(y_bucket - bucket), 15)
     value = tile_value(pos, scale, aux, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
     y_value = tile_value(y_pos, y_scale, y_aux, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
     step = tile_step(pos, scale, aux, KIND, THRESHOLDS, WIDTHS)

@@ -37,6 +37,7 @@ from .formats.tiles import (
     tile_constants,
     tile_entry,
     tile_fit,
+    tile_level,
     tile_offsets,
     tile_position,
     tile_scaled,
@@ -226,16 +227,16 @@ def _dequantize_fwd_kernel(
     pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
     packed = tl.load(codes_ptr + first // 2 * codes_stride, mask=pair_mask, other=0).to(tl.int32)
     code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
-    level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
-    for i in tl.static_range(1, 16):
-        level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.float32), level)
+    level = tile_level(code, KIND, LEVELS_BY_CODE)
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
     scales_ptr += group * scales_stride_0
     scale = tl.load(scales_ptr, mask=is_group, other=0.0)
     aux = tl.load(scales_ptr + scales_stride_1, mask=is_group, other=0.0).to(tl.float32) if N_PARAMS == 2 else 0.0
-    w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND).to(scale.dtype)
+    w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND)
+    if KIND == "symmetric" or KIND == "zero_point" or KIND == "zero_point_fp16":
+        w_q = w_q.to(scale.dtype)
     tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty), mask=mask)
 
 
@@ -434,7 +435,9 @@ def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tup
         codes: uint8 [ceil(n / 2)], the first of two weights in the high nibble; an odd tail is filled with
             the code of a zero weight (``minmax-int4``: code 0).
         scales: one a group: fp32 absmax [groups] (bitsandbytes), the scale in w's dtype [groups]
-            (``ct-int4-sym``), or fp32 [groups, 2] = (step, minimum) (``minmax-int4``).
+            (``ct-int4-sym``), fp32 [groups, 2] = (step, minimum) (``minmax-int4``), fp16 d [groups]
+            (``gguf-q4_0``) or [groups, 2] = (d, minimum) (``gguf-q4_1``), the power of two in fp32 [groups]
+            (``mxfp4`` and its kin), or fp32 [groups, 2] = (E4M3 scale, scale of the tensor) (``nvfp4``).
     """
     check_weight("w", w, get_format(format, group_size))
     admit_dtensors(w)

@@ -32,12 +32,12 @@ def _quail(before: torch.Tensor, after: torch.Tensor, format: str) -> tuple[torc
 
 
 def _eager(before: torch.Tensor, after: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, ...]:
-    bucket = torch.tensor(recipe.buckets, dtype=torch.int32, device=before.device)
     (rank, params), (rank_after, params_after) = (ranked(w, recipe) for w in (before, after))
     value, value_after = recipe.value(rank, params), recipe.value(rank_after, params_after)
     same_value = (value.to(before.dtype) == value_after.to(before.dtype)).sum()
     change = (after.float() - before.float()).abs()
-    return (bucket[rank] == bucket[rank_after]).sum(), same_value, change.mean(dtype=torch.float64)
+    same_bucket = recipe.bucket(rank, params) == recipe.bucket(rank_after, params_after)
+    return same_bucket.sum(), same_value, change.mean(dtype=torch.float64)
 
 
 def _bitsandbytes(bnb, before: torch.Tensor, after: torch.Tensor, recipe: Format) -> tuple[torch.Tensor]:

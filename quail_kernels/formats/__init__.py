@@ -4,15 +4,19 @@ A weight tensor is cut into groups of consecutive elements, each group is given 
 and a minimum), and every weight is given one of sixteen buckets. The arithmetic of each recipe stands in the
 file of its family, with x a weight of group g, all in fp32 unless said:
 
-    codebook.py    bnb-nf4, bnb-fp4
-    integer.py     ct-int4-sym, awq-int4-sym, mslk-int4-sym, gptq-int4-asym, awq-int4-asym, ct-int4-asym, minmax-int4
+    codebook.py        bnb-nf4, bnb-fp4
+    integer.py         ct-int4-sym, awq-int4-sym, mslk-int4-sym, gptq-int4-asym, awq-int4-asym, ct-int4-asym,
+                       minmax-int4
+    gguf.py            gguf-q4_0, gguf-q4_1
+    microscaling.py    mxfp4, mxfp4-rceil, gguf-mxfp4, nvfp4
 
 A recipe that follows a rule that is there is one entry in RECIPES; a new rule is a class with the PyTorch
 reference, the Triton functions beside it, and its KIND in tiles.py.
 
 NaN and infinity are never hidden. A NaN makes its group's parameters NaN, so the whole group dequantizes to
-NaN; an infinity makes them infinite, and its group dequantizes to NaN and infinity only. What code they get
-is said with each recipe.
+NaN; an infinity makes them infinite, and its group dequantizes to NaN and infinity only, but for the recipes
+with a power of two as the scale, where the infinity stays one and the rest of its group becomes zeros. What
+code they get is said with each recipe.
 """
 
 import functools
@@ -20,7 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from . import codebook, integer
+from . import codebook, gguf, integer, microscaling
 from .base import (
     WEIGHT_DTYPES,
     Format,
@@ -44,7 +48,8 @@ __all__ = [
     "group_spans",
 ]
 
-FORMATS: dict[str, Format] = {recipe.name: recipe for family in (codebook, integer) for recipe in family.RECIPES}
+_FAMILIES = (codebook, integer, gguf, microscaling)
+FORMATS: dict[str, Format] = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 
 
 def get_format(format: str, group_size: int | None = None) -> Format:

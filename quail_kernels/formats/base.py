@@ -19,7 +19,8 @@ class Format:
     end, ``of_tensor`` is what ``fit_tensor`` gave for the whole of it.
 
     ``fit(x, short, of_tensor)``  the parameters, [groups], or [groups, 2] where ``n_params`` is 2
-    ``rank(x, params, short)``    the bucket's place on the number line, 0 to 15
+    ``rank(x, params, short)``    the bucket's number, 0 to 15
+    ``bucket(rank, params)``      its place on the number line; two ranks of one value are one bucket
     ``value(rank, params)``       what the bucket dequantizes to, before the cast to the model's dtype
     ``step(rank, params)``        the width of the bucket, fp32
     ``kernel_rule(dtype)``        the constants that the tile functions of the rule's kind are given
@@ -40,7 +41,7 @@ class Format:
     widths = ()  # by rank, as many as levels, where thresholds are
     pad_code = 0
     codes = tuple(range(16))  # by rank: what is stored
-    buckets = tuple(range(16))  # by rank: two ranks of one value are one bucket
+    buckets = tuple(range(16))  # by rank
 
     def __str__(self) -> str:
         return self.name if self.group_size is None else f"{self.name}@{self.group_size}"
@@ -67,6 +68,9 @@ class Format:
     def params(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         """The parameters of these groups, which are pieces of one where it is the whole tensor."""
         return of_tensor if self.group_size is None else self.fit(x, short, of_tensor)
+
+    def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.buckets, dtype=torch.int32, device=rank.device)[rank]
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()

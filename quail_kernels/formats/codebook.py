@@ -27,12 +27,16 @@ _CELLS = 1365  # found by trying odd numbers: FP4 has a threshold at 0, and none
 
 
 @dataclass(frozen=True)
-class Codebook(Format):
-    """Sixteen levels times the group's largest magnitude; ``levels_by_code`` are fp32 numbers."""
+class Levels(Format):
+    """Sixteen fp32 levels times a group's scale, and thresholds between them on a position's scale.
+
+    A position is above a threshold by strict >. It lies within -``reach`` and ``reach``, where the outermost
+    buckets end.
+    """
 
     levels_by_code: tuple[float, ...]
 
-    kind = "codebook"
+    reach = 1.0
 
     @functools.cached_property
     def codes(self) -> tuple[int, ...]:
@@ -44,17 +48,22 @@ class Codebook(Format):
         return tuple(self.levels_by_code[code] for code in self.codes)
 
     @functools.cached_property
-    def thresholds(self) -> tuple[float, ...]:
+    def midpoints(self) -> tuple[float, ...]:
         levels = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
         return tuple(((levels[:-1] + levels[1:]) / 2).tolist())
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return self.midpoints
+
     @functools.cached_property
     def cells(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """-1 to 1 in equal cells of one threshold at most: the thresholds below each, and its own or infinity.
+        """-reach to reach in equal cells of one threshold at most: the thresholds below each, and its own or
+        infinity.
 
         The cell of a position is reckoned with rounding, and no threshold lies where that could matter.
         """
-        at = [(threshold + 1) * _CELLS / 2 for threshold in self.thresholds]
+        at = [(threshold + self.reach) * (_CELLS / 2 / self.reach) for threshold in self.thresholds]
         inside = {int(place): threshold for place, threshold in zip(at, self.thresholds, strict=True)}
         if len(inside) < len(at) or any(abs(place - round(place)) < 0.01 for place in at):
             raise ValueError(f"{self.name}: expected thresholds apart from each other and from the edges of the cells")
@@ -68,14 +77,30 @@ class Codebook(Format):
 
     @functools.cached_property
     def widths(self) -> tuple[float, ...]:
-        """By rank, the width of the bucket on the scale of absmax; the outermost buckets end at -1 and 1."""
-        edges = (-1.0, *self.thresholds, 1.0)
+        """By rank, the width of the bucket on a position's scale."""
+        edges = (-self.reach, *self.midpoints, self.reach)
         spans = [[r for r in range(16) if self.buckets[r] == bucket] for bucket in self.buckets]
         return tuple(edges[span[-1] + 1] - edges[span[0]] for span in spans)
 
     @functools.cached_property
     def pad_code(self) -> int:
         return self.codes[sum(threshold < 0 for threshold in self.thresholds)]
+
+    def rank_of(self, position: torch.Tensor) -> torch.Tensor:
+        """What torch.bucketize gives, NaN in the top bucket included, at less than half its time."""
+        below, threshold = self.cells
+        cell = position.nan_to_num(nan=self.reach).add_(self.reach).mul_(_CELLS / 2 / self.reach)
+        cell = cell.clamp_(0, _CELLS - 1).to(torch.int32).flatten()
+        above = position.flatten() > table(threshold, position).index_select(0, cell)
+        rank = torch.tensor(below, dtype=torch.int32, device=position.device).index_select(0, cell)
+        return rank.add_(above).view(position.shape)
+
+
+@dataclass(frozen=True)
+class Codebook(Levels):
+    """Levels from -1 to 1 times the group's largest magnitude."""
+
+    kind = "codebook"
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         absmax = x.abs().amax(dim=1).float()
@@ -84,11 +109,7 @@ class Codebook(Format):
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         absmax = params.clamp(min=_SMALLEST_ABSMAX)[:, None]
         position = x.float() / absmax if short else x.float() * (1.0 / absmax)
-        # What torch.bucketize gives, NaN in the top bucket included, at less than half its time.
-        below, threshold = self.cells
-        cell = position.nan_to_num(nan=1.0).add_(1).mul_(_CELLS / 2).clamp_(0, _CELLS - 1).to(torch.int32).flatten()
-        above = position.flatten() > table(threshold, x).index_select(0, cell)
-        return torch.tensor(below, dtype=torch.int32, device=x.device).index_select(0, cell).add_(above).view(x.shape)
+        return self.rank_of(position)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return table(self.levels, params)[rank] * params[:, None]

@@ -4,6 +4,9 @@ A weight's ``position`` is the weight on its group's own scale: code, bucket, va
 it, and the compiler drops what a kernel does not store. A group's parameters are two numbers, ``scale`` and
 ``aux`` (the minimum, the zero point, or 0 where the rule has only a scale). Each function sends a tile to the
 rule of its KIND, which stands beside the reference of that rule.
+
+THRESHOLDS are what a position is looked up among; there are none, (), where buckets are uniform, and None
+stands for a position that is an E2M1 number already.
 """
 
 import math
@@ -13,6 +16,7 @@ import torch
 from .._triton import abs_bits, tl, triton
 from .base import Format
 from .codebook import codebook_fit, codebook_position
+from .gguf import gguf_position, gguf_rank, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
     minmax_fit,
     minmax_rank,
@@ -22,6 +26,17 @@ from .integer import (
     zero_point_fit,
     zero_point_rank,
     zero_point_value,
+)
+from .microscaling import (
+    e2m1_bucket,
+    e2m1_code,
+    e2m1_level,
+    e2m1_width,
+    mx_fit,
+    mx_position,
+    mx_unit,
+    nvfp4_fit,
+    nvfp4_position,
 )
 
 _CONTIGUOUS = (None, None, None, None, None)
@@ -140,6 +155,14 @@ def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.cons
         scale = symmetric_fit(absmax, dtype, RULE)
     elif KIND == "zero_point" or KIND == "zero_point_fp16":
         scale, aux = zero_point_fit(x, mask, absmax, dtype, RULE)
+    elif KIND == "q4_0":
+        scale = q4_0_fit(x, absmax)
+    elif KIND == "q4_1":
+        scale, aux = q4_1_fit(x, mask, absmax)
+    elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
+        scale = mx_fit(absmax, KIND)
+    elif KIND == "nvfp4":
+        scale, aux = nvfp4_fit(absmax, of_tensor)
     else:
         tl.static_assert(KIND == "minmax")
         scale, aux = minmax_fit(x, mask, absmax)
@@ -154,6 +177,14 @@ def tile_position(x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.cons
         pos = symmetric_position(x, scale, dtype, RULE)
     elif KIND == "zero_point" or KIND == "zero_point_fp16":
         pos = zero_point_rank(x, scale, aux, dtype, RULE)
+    elif KIND == "q4_0":
+        pos = gguf_position(x, scale)
+    elif KIND == "q4_1":
+        pos = gguf_position(x - aux, scale)
+    elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
+        pos = mx_position(x, scale, KIND)
+    elif KIND == "nvfp4":
+        pos = nvfp4_position(x, scale, aux)
     else:
         tl.static_assert(KIND == "minmax")
         pos = tl.div_rn(x - aux, tl.broadcast_to(scale, x.shape))
@@ -176,6 +207,10 @@ def _uniform_rank(pos, KIND: tl.constexpr):
         rank = symmetric_rank(pos)
     elif KIND == "zero_point" or KIND == "zero_point_fp16":
         rank = pos
+    elif KIND == "q4_0":
+        rank = gguf_rank(pos, 8.0)
+    elif KIND == "q4_1":
+        rank = gguf_rank(pos, 0.0)
     else:
         tl.static_assert(KIND == "minmax")
         rank = minmax_rank(pos)
@@ -184,12 +219,36 @@ def _uniform_rank(pos, KIND: tl.constexpr):
 
 @triton.jit
 def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.constexpr):
-    """The int32 that TABLE gives by rank; in a uniform recipe that is the rank itself."""
-    if len(THRESHOLDS):
+    """The int32 that TABLE gives by rank; in a uniform recipe that is the rank itself, in E2M1 the code."""
+    if THRESHOLDS is None:
+        number = e2m1_code(pos)
+    elif len(THRESHOLDS):
         number = _look_up(pos, THRESHOLDS, TABLE, tl.int32)
     else:
         number = _uniform_rank(pos, KIND).to(tl.int32)
     return number
+
+
+@triton.jit
+def tile_bucket(pos, scale, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, BUCKETS: tl.constexpr):
+    """The bucket's place on the number line."""
+    if THRESHOLDS is None:
+        bucket = e2m1_bucket(pos)
+    else:
+        bucket = tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
+    return tl.where(scale < 0, 16 - bucket, bucket) if KIND == "q4_0" else bucket
+
+
+@triton.jit
+def tile_level(code, KIND: tl.constexpr, LEVELS_BY_CODE: tl.constexpr):
+    """The level that an int32 code stands for."""
+    if KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf" or KIND == "nvfp4":
+        level = e2m1_level(code)
+    else:
+        level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
+        for i in tl.static_range(1, 16):
+            level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.float32), level)
+    return level
 
 
 @triton.jit
@@ -200,6 +259,12 @@ def tile_scaled(level, scale, aux, KIND: tl.constexpr):
         value = zero_point_value(level, scale, aux, KIND == "zero_point_fp16")
     elif KIND == "minmax":
         value = aux + level * scale
+    elif KIND == "q4_0":
+        value = level * through_fp16(scale)
+    elif KIND == "q4_1":
+        value = level * through_fp16(scale) + through_fp16(aux)
+    elif KIND == "nvfp4":
+        value = level * (aux * scale)
     else:
         value = level * scale
     return value
@@ -208,7 +273,9 @@ def tile_scaled(level, scale, aux, KIND: tl.constexpr):
 @triton.jit
 def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
-    if len(THRESHOLDS):
+    if THRESHOLDS is None:
+        level = pos
+    elif len(THRESHOLDS):
         level = _look_up(pos, THRESHOLDS, LEVELS, tl.float32)
     else:
         level = _uniform_rank(pos, KIND) + LEVELS[0]
@@ -218,8 +285,11 @@ def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LE
 @triton.jit
 def tile_step(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr):
     """The width of the bucket that the weight lies in."""
-    if len(THRESHOLDS):
+    if THRESHOLDS is None:
+        unit = aux * scale if KIND == "nvfp4" else mx_unit(scale, KIND)
+        width = e2m1_width(pos, WIDTHS) * unit
+    elif len(THRESHOLDS):
         width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * scale
     else:
-        width = tl.broadcast_to(scale, pos.shape)
+        width = tl.broadcast_to(tl.abs(scale) if KIND == "q4_0" else scale, pos.shape)
     return width

@@ -1,7 +1,6 @@
 import importlib
 import warnings
 
-import bitsandbytes.functional as bnb
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -34,58 +33,6 @@ def assert_same_bits(got, expected):
     ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     different = got.contiguous().view(ints) != expected.contiguous().view(ints)
     assert not different.any(), f"{different.sum()} of {different.numel()} differ"
-
-
-def check_against_bitsandbytes(w, quant_type, block):
-    with torch.compiler.set_stance("force_eager"):
-        packed, state = bnb.quantize_4bit(w, quant_type=quant_type, blocksize=block)
-        expected = bnb.dequantize_4bit(packed, state)
-    format = f"bnb-{quant_type}@{block}"
-    codes, absmax = quantize(w, format)
-    assert_same_bits(codes, packed.view(-1))
-    assert_same_bits(absmax, state.absmax)
-    # For FP4's code 8 its C++ loop over the rest of a row gives -0, where all its other paths give 0.
-    expected = expected.view(w.shape) + 0
-    assert_same_bits(dequantize(codes, absmax, format, shape=w.shape, dtype=w.dtype), expected)
-    assert_same_bits(fake_quant(w, format), expected)
-
-
-@DTYPES
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_bitsandbytes_on_ten_million_weights(quant_type, dtype):
-    check_against_bitsandbytes(weights(10_000_000, dtype=dtype), quant_type, 64)
-
-
-@DTYPES
-@pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024, 2048, 4096])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_bitsandbytes_block_sizes_zeros_and_short_last_blocks(quant_type, block, dtype):
-    for n in (1, 2, 31, block, block + 1, 3 * block + 30, 20 * block - 1):
-        w = weights(n, dtype=dtype, seed=n)
-        w[block : 2 * block] = 0
-        w[2 * block : 2 * block + 5] = -0.0
-        check_against_bitsandbytes(w, quant_type, block)
-    check_against_bitsandbytes(torch.zeros(block + 7, dtype=dtype), quant_type, block)
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_bitsandbytes_ties_and_extremes(quant_type):
-    thresholds = torch.tensor(get_format(f"bnb-{quant_type}").thresholds)
-    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-    near = torch.cat(
-        [thresholds, thresholds.nextafter(up), thresholds.nextafter(down), torch.zeros(18), -thresholds.abs()]
-    )
-    block = torch.cat([near, torch.ones(1)])[:64].clone()
-    block[-1] = 1
-    whole = torch.cat([block, block * 3, -block * 0.1, block[:63] * 7, block[-1:] * 7, block[13:64]])
-    check_against_bitsandbytes(whole, quant_type, 64)
-    # A tie takes the lower level.
-    ranks = torch.tensor(get_format(f"bnb-{quant_type}").codes).argsort()[
-        unpack(quantize(block, f"bnb-{quant_type}")[0]).long()
-    ]
-    assert ranks[:15].tolist() == list(range(15))
-    for magnitude in (1e-40, 1e-38, 1e-30, 3e38):
-        check_against_bitsandbytes(whole[:150] / 8 * magnitude, quant_type, 64)
 
 
 @settings(max_examples=300, deadline=None)
@@ -163,16 +110,6 @@ def test_straight_through_gradient_reaches_every_weight(format, dtype):
         leaf = laid_out(w, layout).detach().requires_grad_()
         fake_quant(leaf, format).backward(grad)
         assert_same_bits(leaf.grad, grad)
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_nan_and_infinity_as_bitsandbytes_has_them(quant_type):
-    w = weights(3, 64)
-    w[0, 3], w[1, 7], w[2, 9] = torch.nan, torch.inf, -torch.inf
-    packed, state = bnb.quantize_4bit(w, quant_type=quant_type, blocksize=64)
-    codes, absmax = quantize(w, f"bnb-{quant_type}")
-    assert_same_bits(codes, packed.view(-1))
-    assert torch.equal(absmax.isnan(), state.absmax.isnan())
 
 
 class LargeTensors(TorchDispatchMode):

@@ -106,6 +106,14 @@ def weight_launches():
         ("ct-int4-sym@96", torch.float16),
         ("minmax-int4", torch.bfloat16),
         ("minmax-int4@128", torch.float32),
+        ("gguf-q4_0", torch.bfloat16),
+        ("gguf-q4_0", torch.float32),
+        ("gguf-q4_1", torch.bfloat16),
+        ("mxfp4", torch.bfloat16),
+        ("mxfp4-rceil", torch.float32),
+        ("gguf-mxfp4", torch.bfloat16),
+        ("nvfp4", torch.bfloat16),
+        ("nvfp4", torch.float32),
     ):
         recipe = get_format(format)
         w = torch.zeros(96, 4096 + (-4096) % (recipe.group_size or 1), dtype=dtype)
@@ -132,7 +140,7 @@ def weight_launches():
     short = torch.zeros(64 * 40 + 7, dtype=torch.bfloat16)
     nf4 = get_format("bnb-nf4")
     yield "short", "fake_quant", "_fake_quant_fwd_kernel", lambda: fake_quant._fake_quant_triton(short, nf4)
-    for format in ("bnb-nf4", "ct-int4-sym", "minmax-int4"):
+    for format in ("bnb-nf4", "ct-int4-sym", "minmax-int4", "gguf-q4_0", "gguf-q4_1", "mxfp4", "nvfp4"):
         recipe = get_format(format)
         w = torch.zeros(32, 4096, dtype=torch.bfloat16)
         codes, scales = fake_quant._quantize_torch(w, recipe)

@@ -1,0 +1,141 @@
+r"""The legacy 4-bit blocks of llama.cpp: 32 weights along the last dimension, fp32 arithmetic, fp16 scales.
+
+``gguf-q4_0`` (gguf 0.19, gguf/quants.py, Q4_0; ggml-quants.c, quantize_row_q4_0_ref)
+        d = m / -8, with m the block's weight of largest magnitude, the first of them where several are
+        q = min(trunc(x * (1 / d) + 8.5), 15)          value = (q - 8) * fp16(d)
+    1 / d is 0 where d is 0; a half rounds up. The codes are decided by the fp32 d, the values by the one that
+    is stored, in fp16. d is negative where m is positive: a code and its mirror image then stand for the same
+    side of zero, so buckets are numbered by value, q - 8 or 8 - q from zero, from -8 to 8; of those 17 a block
+    has 16. (Their distance from end to end, 16, needs two blocks whose m differ in sign: it counts as 15.)
+    A block of zeros has d = -0, or 0 where its first zero is -0, code 8, and the value of a signed zero.
+
+``gguf-q4_1`` (the same files, Q4_1, quantize_row_q4_1_ref)
+        d = (max - min) / 15          q = min(trunc((x - min) * (1 / d) + 0.5), 15)
+        value = q * fp16(d) + fp16(min)
+    A constant block has d = 0, code 0 and the value fp16(min). A minimum of zero is stored as 0, also where it
+    is -0: which one a block with both has depends on the order of the search, and no value does on that.
+
+fp16 is part of the recipe. A d or a minimum beyond 65504 is stored as infinity, and its block dequantizes to
+infinities and NaN; one below 2^-25 is stored as 0. An fp32 block so small that 1 / d overflows
+(d < 2^-128) gets code 0 where x * (1 / d) is infinite or NaN: NumPy's cast to uint8 gives that on x86, where C
+leaves it undefined; all its values are zeros.
+
+A NaN takes code 0 and makes d NaN, so its block dequantizes to NaN. An infinity makes d infinite: in Q4_0 it
+keeps its own value (code 0) and the rest of its block is NaN; in Q4_1 the whole block is NaN.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .._triton import abs_bits, tl, triton
+from .base import Format
+
+
+def _through_fp16(params: torch.Tensor) -> torch.Tensor:
+    return params.half().float()
+
+
+def _reciprocal(d: torch.Tensor) -> torch.Tensor:
+    return (1.0 / d).masked_fill(d == 0, 0)
+
+
+def _round_half_up(position: torch.Tensor, zero: float) -> torch.Tensor:
+    shifted = position + (zero + 0.5)
+    return shifted.masked_fill(~(shifted < torch.inf), 0).clamp(0, 15).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Q4_0(Format):
+    kind = "q4_0"
+    levels = tuple(float(q) for q in range(-8, 8))
+    pad_code = 8
+
+    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float16
+
+    def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
+        x = x.float()
+        first = x.abs().argmax(dim=1, keepdim=True)
+        return x.gather(1, first).squeeze(1) * -0.125
+
+    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        return _round_half_up(x.float() * _reciprocal(params)[:, None], 8)
+
+    def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return torch.where(params[:, None] < 0, 16 - rank, rank)
+
+    def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return (rank - 8).float() * _through_fp16(params)[:, None]
+
+    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return params.float().abs()[:, None].expand(rank.shape)
+
+
+@dataclass(frozen=True)
+class Q4_1(Format):
+    kind = "q4_1"
+    n_params = 2
+    levels = tuple(float(q) for q in range(16))
+
+    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float16
+
+    def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
+        low, high = (end.float().masked_fill(end == 0, 0) for end in torch.aminmax(x, dim=1))
+        # A divisor that is no tensor would make PyTorch multiply by its reciprocal on CUDA.
+        return torch.stack([(high - low) / torch.full((), 15.0, device=x.device), low], dim=1)
+
+    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        d, low = params[:, :1], params[:, 1:]
+        return _round_half_up((x.float() - low) * _reciprocal(d), 0)
+
+    def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        d, low = _through_fp16(params).split(1, dim=1)
+        return rank.float() * d + low
+
+    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return params[:, :1].float().expand(rank.shape)
+
+
+RECIPES = (
+    Q4_0("gguf-q4_0", 32, (32,), True),
+    Q4_1("gguf-q4_1", 32, (32,), True),
+)
+
+
+@triton.jit
+def q4_0_fit(x, absmax):
+    largest = absmax.to(tl.int32, bitcast=True)
+    twice_column = 2 * tl.arange(0, x.shape[1])[None, :]
+    negative = (x.to(tl.int32, bitcast=True) >> 31) & 1
+    first = tl.where(abs_bits(x) == largest, twice_column + negative, 2 * x.shape[1])
+    sign = (tl.min(first, axis=1, keep_dims=True) & 1) << 31
+    return (largest | sign).to(tl.float32, bitcast=True) * -0.125
+
+
+@triton.jit
+def q4_1_fit(x, mask, absmax):
+    low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
+    high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
+    low = tl.where(absmax == absmax, tl.where(low == 0, 0.0, low), absmax)
+    high = tl.where(high == 0, 0.0, high)
+    return tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), low
+
+
+@triton.jit
+def gguf_position(x, scale):
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return x * tl.where(scale == 0, 0.0, inverse)
+
+
+@triton.jit
+def gguf_rank(pos, ZERO: tl.constexpr):
+    shifted = pos + (ZERO + 0.5)
+    shifted = tl.where(shifted < float("inf"), shifted, 0.0)
+    return tl.floor(tl.minimum(tl.maximum(shifted, 0.0), 15.0))
+
+
+@triton.jit
+def through_fp16(x):
+    return x.to(tl.float16).to(tl.float32)
