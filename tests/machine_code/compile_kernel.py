@@ -1,0 +1,375 @@
+"""What the GPU compilers make of a kernel at the launch that its launcher really does; no GPU is needed.
+
+A launcher is run on CPU tensors with a stand-in for the kernel that notes its arguments. For these the kernel is
+compiled ahead of time as Triton's JIT would compile it, and the machine code is read.
+"""
+
+import functools
+import importlib
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_OPTIONS = ("num_warps", "enable_fp_fusion")
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU and what one of its multiprocessors holds: 32-lane warps, programs, registers of 32 bits, bytes."""
+
+    gpu: GPUTarget
+    warps: int
+    programs: int
+    shared: int
+    registers: int = 65536
+
+
+TARGETS = {
+    # CUDA C++ Programming Guide, technical specifications per compute capability.
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 64, 32, 164 << 10),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 48, 24, 100 << 10),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 64, 32, 228 << 10),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 64, 32, 228 << 10),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 48, 24, 100 << 10),
+    # AMD CDNA3 ISA guide: four SIMDs of 512 registers x 64 lanes and at most 8 waves each. A wave counts as two warps.
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64, 32, 64 << 10, registers=4 * 512 * 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher hands to its kernel: arguments by name, and the options of the launch."""
+
+    kernel: triton.JITFunction
+    arguments: dict
+    options: dict
+
+
+@dataclass(frozen=True)
+class Code:
+    """What was read in the machine code of one kernel for one target.
+
+    Attributes:
+        registers: a thread.
+        spilled: bytes of local memory a thread.
+        resident: warps that a multiprocessor holds at once, as its registers, shared memory and slots allow.
+        loads, stores: {bits of one access: bytes of them in the program text, over all threads of a program}.
+        inexact: instructions for a division, root or exponential that is not correctly rounded.
+        fused: multiply-adds that round once, where the source rounds twice.
+        flushed: whether arithmetic flushes subnormal numbers to zero.
+        atomics: whether global memory is updated atomically.
+        text: the assembly: PTX, or amdgcn.
+        cubin: what runs, for NVIDIA.
+    """
+
+    registers: int
+    spilled: int
+    resident: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    inexact: list[str]
+    fused: int
+    flushed: bool
+    atomics: bool
+    text: str
+    threads: int
+    cubin: bytes | None = None
+
+
+def note_launch(module: str, kernel: str, call) -> Launch:
+    """What ``call`` hands to the kernel of that name in ``quail_kernels.<module>``."""
+    module = importlib.import_module(f"quail_kernels.{module}")
+    jitted = getattr(module, kernel)
+    noted = {}
+
+    class Note:
+        def __getitem__(self, grid):
+            return lambda *args, **named: noted.update(zip(jitted.arg_names, args, strict=False), **named)
+
+    setattr(module, kernel, Note())
+    try:
+        call()
+    finally:
+        setattr(module, kernel, jitted)
+    options = {name: noted.pop(name) for name in _OPTIONS}
+    if sorted(noted) != sorted(jitted.arg_names):
+        raise ValueError(f"{kernel}: expected a launch with {sorted(jitted.arg_names)}; got {sorted(noted)}")
+    return Launch(jitted, noted, options)
+
+
+def compile_launch(launch: Launch, target: str) -> Code:
+    gpu = TARGETS[target].gpu
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        compiled = triton.compile(_source(launch, gpu.backend), target=gpu, options=launch.options)
+    return (_read_amd if gpu.backend == "hip" else _read_nvidia)(compiled, launch, TARGETS[target])
+
+
+def _source(launch: Launch, backend: str) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(launch.kernel.params):
+        value = launch.arguments[param.name]
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+            if backend == "hip":  # the JIT says so of a tensor below 2 GiB
+                attributes[(i,)].append(["tt.pointer_range", 32])
+        elif isinstance(value, int):
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    usage = _cuda_tool("cuobjdump", cubin, "-res-usage")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    warps = launch.options["num_warps"]
+    threads = 32 * warps
+    shared = compiled.metadata.shared + 1024  # of which the driver keeps 1 KiB for itself
+    fits = min(
+        target.registers // (_up(registers, 8) * threads), target.shared // shared, target.programs, target.warps // warps
+    )
+    accesses = {"ld": Counter(), "st": Counter()}
+    for kind, vector, bits in re.findall(r"\b(ld|st)\.(?:\w+\.)*?global(?:\.\w+)*?(?:\.v(\d))?\.\w(\d+) ", ptx):
+        width = int(vector or 1) * int(bits)
+        accesses[kind][width] += width // 8 * threads
+    return Code(
+        registers=registers,
+        spilled=stack + local,
+        resident=fits * warps,
+        loads=dict(accesses["ld"]),
+        stores=dict(accesses["st"]),
+        inexact=sorted(set(re.findall(r"\b\w+\.(?:full|approx)[.\w]*", ptx))),
+        fused=len(re.findall(r"\bfma\.rn", ptx)),
+        # What floor flushes to 0 is a position in the lowest bucket either way.
+        flushed=re.search(r"(?<!cvt\.rmi)\.ftz", ptx) is not None,
+        atomics=re.search(r"\b(atom|red)\.", ptx) is not None,
+        text=ptx,
+        threads=threads,
+        cubin=cubin,
+    )
+
+
+def _read_amd(compiled, launch: Launch, target: Target) -> Code:
+    text = compiled.asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"^\s*\.{name}:?\s+(\d+)", text, re.MULTILINE).group(1))
+
+    def count(pattern):
+        return len(re.findall(rf"^\s+(?:{pattern})\b", text, re.MULTILINE))
+
+    warps = launch.options["num_warps"]
+    threads = 64 * warps
+    registers = number("amdhsa_next_free_vgpr")
+    fits = min(
+        target.registers // (_up(registers, 8) * threads),
+        target.shared // max(number("group_segment_fixed_size"), 1),
+        target.programs,
+        target.warps // (2 * warps),
+    )
+    accesses = {"load": Counter(), "store": Counter()}
+    bits = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    for kind, size in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword\w*)", text, re.MULTILINE):
+        accesses[kind][bits[size]] += bits[size] // 8 * threads
+    # A correctly rounded division is one reciprocal, five multiply-adds and a fix-up between two scalings.
+    divisions = count("v_div_fixup_f32")
+    multiply_adds = count(r"v_(?:pk_)?(?:fma|mad)\w*")
+    approximate = {
+        name: count(rf"v_{name}\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log") if count(rf"v_{name}\w*")
+    }
+    approximate["rcp"] = approximate.get("rcp", 0) - divisions
+    return Code(
+        registers=registers,
+        spilled=number("private_segment_fixed_size") + number("vgpr_spill_count") + number("sgpr_spill_count"),
+        resident=fits * 2 * warps,
+        loads=dict(accesses["load"]),
+        stores=dict(accesses["store"]),
+        inexact=sorted(f"v_{name}" for name, times in approximate.items() if times),
+        fused=multiply_adds - 5 * divisions,
+        flushed=number("amdhsa_float_denorm_mode_32") != 3,
+        atomics=re.search(r"^\s+\w*_atomic_", text, re.MULTILINE) is not None,
+        text=text,
+        threads=threads,
+    )
+
+
+def width(accesses: dict[int, int], bulk: int) -> int:
+    """The narrowest access, in bits, that is needed to move ``bulk`` bytes when the widest go first; 0 if all do not."""
+    for bits in sorted(accesses, reverse=True):
+        bulk -= accesses[bits]
+        if bulk <= 0:
+            return bits
+    return 0
+
+
+@functools.cache
+def _cuda_folder() -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _cuda_tool(name: str, cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuda_folder() / name, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Work:
+    """Instructions that a thread issues on the longest path through a program."""
+
+    issued: float
+    half_rate: float  # of these, on the pipe for compares, selects, logic and integers, which takes two warps a cycle
+    special: float  # of these, on the pipe for roots, exponentials and conversions, which takes half a warp a cycle
+
+
+# CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability 9.0: 64 and 16 lanes a
+# cycle, against 128 for fp32 additions and products.
+_HALF_RATE = re.compile(
+    r"FSETP|FSEL|FMNMX|FCHK|ISETP|SEL|LOP3|SHF|PRMT|IADD|VIADD|IMNMX|VIMNMX|PLOP3|LEA|SGXT|BMSK|IMAD|F2FP|IABS|VABSDIFF"
+)
+_SPECIAL = re.compile(r"MUFU|I2F|F2I|F2F|FRND|POPC|FLO|BREV")
+
+
+def count_work(cubin: bytes, bulk_loads: int, threads: int) -> Work:
+    """Counts the instructions of the longest path that takes no slow path of a division (a call).
+
+    A loop runs as often as its 128-bit loads (if it has none, all its loads) need to fetch ``bulk_loads`` bytes.
+    """
+    blocks = _blocks(_cuda_tool("nvdisasm", cubin, "-c"))
+    back, order = _depth_first(blocks)
+    trips = dict.fromkeys(blocks, 1.0)
+    for tail, head in back:
+        body = _natural_loop(blocks, tail, head)
+        loaded = [_load_bytes(line) for name in body for line in blocks[name].lines]
+        # Narrow loads beside wide ones are the lanes' alternatives at a ragged edge, or scalars.
+        fetched = sum(size for size in loaded if size == max(loaded)) * threads
+        for name in body:
+            trips[name] *= max(math.ceil(bulk_loads / fetched), 1) if fetched else 1
+    longest = {}
+    for name in order:  # successors first
+        block = blocks[name]
+        after = [longest[n] for n in block.successors if (name, n) not in back and n in longest]
+        ops = [re.sub(r"@!?U?P\w+\s+", "", line).split()[0] for line in block.lines]
+        here = (
+            len(ops) * trips[name],
+            sum(bool(_HALF_RATE.match(op)) for op in ops) * trips[name],
+            sum(bool(_SPECIAL.match(op)) for op in ops) * trips[name],
+        )
+        longest[name] = tuple(map(sum, zip(here, max(after, default=(0, 0, 0)), strict=True)))
+    return Work(*longest["entry"])
+
+
+@dataclass
+class _Block:
+    lines: list[str]
+    successors: list[str]
+
+
+def _blocks(listing: str) -> dict[str, _Block]:
+    """Basic blocks by label, those that call something left out; the first is ``entry``."""
+    blocks, name = {"entry": _Block([], [])}, "entry"
+    started, n = False, 0
+
+    def begin(label, falls_through):
+        nonlocal name
+        if falls_through:
+            blocks[name].successors.append(label)
+        blocks[label] = _Block([], [])
+        name = label
+
+    open_end = True
+    for line in listing.splitlines():
+        label = re.match(r"^([.$\w]+):", line)
+        if label and started:
+            begin(label.group(1), open_end)
+            open_end = True
+        instruction = re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)
+        if not instruction:
+            continue
+        started = True
+        text = instruction.group(1)
+        blocks[name].lines.append(text)
+        plain = re.sub(r"@!?U?P\w+\s+", "", text)
+        op = plain.split()[0]
+        always = plain == text and not re.match(r"BRA\S*\s+(!?U?P\d|UR\d)", plain)
+        if op.startswith(("BRA", "EXIT", "RET")):
+            target = re.search(r"`\(([.$\w]+)\)", plain) if op.startswith("BRA") else None
+            if target:
+                blocks[name].successors.append(target.group(1))
+            n += 1
+            begin(f"after {n}", not always)
+            open_end = True
+    slow = {name for name, block in blocks.items() if any("CALL" in line for line in block.lines)}
+    for block in blocks.values():
+        block.successors = [name for name in block.successors if name in blocks and name not in slow]
+    return {name: block for name, block in blocks.items() if name not in slow}
+
+
+def _depth_first(blocks: dict[str, _Block]) -> tuple[set[tuple[str, str]], list[str]]:
+    """(edges that close a loop, what is reachable from the entry, successors first)."""
+    back, order, state = set(), [], {}
+    stack = [("entry", iter(blocks["entry"].successors))]
+    state["entry"] = "open"
+    while stack:
+        name, rest = stack[-1]
+        for following in rest:
+            if following not in state:
+                state[following] = "open"
+                stack.append((following, iter(blocks[following].successors)))
+                break
+            if state[following] == "open":
+                back.add((name, following))
+        else:
+            state[name] = "done"
+            order.append(name)
+            stack.pop()
+    return back, order
+
+
+def _natural_loop(blocks: dict[str, _Block], tail: str, head: str) -> set[str]:
+    body, todo = {head}, [tail]
+    while todo:
+        name = todo.pop()
+        if name not in body:
+            body.add(name)
+            todo += [before for before, block in blocks.items() if name in block.successors]
+    return body
+
+
+def _load_bytes(line: str) -> int:
+    load = re.search(r"\bLDG\S*", line)
+    if not load:
+        return 0
+    bits = re.search(r"\.(?:U|S)?(8|16|32|64|128)\b", load.group())
+    return int(bits.group(1)) // 8 if bits else 4
