@@ -24,9 +24,7 @@ class Case:
         module, kernel: where the kernel stands.
         call: the launcher's call, on CPU tensors.
         elements: how many elements a program is for, by the arguments of the launch.
-        loads, stores: bytes an element in bulk: of the tensors that grow with the element count. Parameters of a group
-            and sums of a program are not bulk.
-        tile: elements a program's text covers, if not ``elements``: lanes that pad a group, one turn of a loop.
+        loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk: a share of an element or more.
         decides_codes: whether the arithmetic has to be PyTorch's to the bit.
         warps: how many have to be resident on a multiprocessor to hide its latencies.
         narrow: why accesses cannot be 128 bits wide, if they cannot.
@@ -37,9 +35,8 @@ class Case:
     kernel: str
     call: Callable[[], object]
     elements: Callable[[dict], int]
-    tile: Callable[[dict], int]
-    loads: float
-    stores: float
+    loads: dict[str, float]
+    stores: dict[str, float]
     decides_codes: bool = True
     warps: int = 16
     narrow: str = ""
@@ -47,10 +44,6 @@ class Case:
 
 def _weights_of_program(arguments: dict) -> int:
     return arguments["BLOCK_GROUPS"] * arguments["GROUP_SIZE"]
-
-
-def _lanes_of_program(arguments: dict) -> int:
-    return arguments["BLOCK_GROUPS"] * arguments["BLOCK_SIZE"]
 
 
 def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
@@ -68,15 +61,15 @@ def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
 def weight_cases() -> Iterator[Case]:
     for format, dtype, suffix, w, narrow in _weights():
         recipe, size = get_format(format), w.element_size()
-        common = {"elements": _weights_of_program, "tile": _lanes_of_program, "narrow": narrow}
+        common = {"elements": _weights_of_program, "narrow": narrow}
         name = f"{format} {dtype}{suffix}"
         yield Case(
             f"fake_quant {name}",
             "fake_quant",
             "_fake_quant_fwd_kernel",
             lambda w=w, r=recipe: fake_quant._fake_quant_triton(w, r),
-            loads=size,
-            stores=size,
+            loads={"w_ptr": size},
+            stores={"w_q_ptr": size},
             **common,
         )
         yield Case(
@@ -84,8 +77,8 @@ def weight_cases() -> Iterator[Case]:
             "fake_quant",
             "_quantize_fwd_kernel",
             lambda w=w, r=recipe: fake_quant._quantize_triton(w, r),
-            loads=size,
-            stores=0.5,
+            loads={"w_ptr": size},
+            stores={"codes_ptr": 0.5},
             **common,
         )
         yield Case(
@@ -95,8 +88,8 @@ def weight_cases() -> Iterator[Case]:
             lambda w=w, r=recipe: fake_quant._dequantize_triton(
                 *fake_quant._quantize_torch(w, r), r, w.shape, w.dtype
             ),
-            loads=0.5,
-            stores=size,
+            loads={"codes_ptr": 0.5},
+            stores={"w_q_ptr": size},
             **common,
         )
         for scales in ("own", "before"):
@@ -107,8 +100,8 @@ def weight_cases() -> Iterator[Case]:
                 lambda w=w, r=recipe, shared=scales == "before": bucket_compare._bucket_compare_triton(
                     w, w, r, shared, True
                 ),
-                loads=2 * size,
-                stores=0,
+                loads={"before_ptr": size, "after_ptr": size},
+                stores={},
                 # Two weights, two grids and the counters: it has more to keep, and hides latency in arithmetic.
                 warps=8,
                 **common,
@@ -125,11 +118,12 @@ def hinge_cases() -> Iterator[Case]:
                     options = (0.1, norm, space, -100)
                     name = f"{norm} {space} {vocab} {dtype_name}"
                     common = {
-                        "tile": lambda arguments: arguments["BLOCK_V"],
                         "decides_codes": False,
                         "narrow": "rows do not start at multiples of 16 bytes" if vocab * z.element_size() % 16 else "",
                     }
-                    both = 2 * z.element_size()
+                    size = z.element_size()
+                    both = {"z_ptr": size, "ref_ptr": size}
+                    at_label = {"z_ptr": size} if space == "log_probs" else {}
                     yield Case(
                         f"hinge_fwd {name}",
                         "margin_hinge",
@@ -137,8 +131,8 @@ def hinge_cases() -> Iterator[Case]:
                         lambda z=z, labels=labels, o=options: margin_hinge._margin_hinge_fwd_triton(z, z, labels, *o),
                         elements=lambda arguments: arguments["n_vocab"],
                         # The hinge of the label alone reads one logit a row.
-                        loads=0 if norm == "label" and space == "logits" else both,
-                        stores=0,
+                        loads=both if norm != "label" or space == "log_probs" else {},
+                        stores={},
                         **common,
                     )
                     yield Case(
@@ -150,8 +144,8 @@ def hinge_cases() -> Iterator[Case]:
                         ),
                         elements=lambda arguments: arguments["BLOCK_V"],
                         # At the label alone, z is read for its softmax only, and the reference not at all.
-                        loads=both if norm != "label" else both // 2 if space == "log_probs" else 0,
-                        stores=z.element_size(),
+                        loads=both if norm != "label" else at_label,
+                        stores={"out_ptr": size},
                         **common,
                     )
 

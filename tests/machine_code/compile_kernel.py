@@ -71,7 +71,7 @@ class Code:
         registers: a thread.
         spilled: bytes of local memory a thread.
         resident: warps that a multiprocessor holds at once, as its registers, shared memory and slots allow.
-        loads, stores: {bits of one access: bytes of them in the program text, over all threads of a program}.
+        loads, stores: by pointer argument, {bits of one access: bytes of them in the program's text, over all threads}.
         inexact: instructions for a division, root or exponential that is not correctly rounded.
         fused: multiply-adds that round once, where the source rounds twice.
         flushed: whether arithmetic flushes subnormal numbers to zero.
@@ -83,8 +83,8 @@ class Code:
     registers: int
     spilled: int
     resident: int
-    loads: dict[int, int]
-    stores: dict[int, int]
+    loads: dict[str, dict[int, int]]
+    stores: dict[str, dict[int, int]]
     inexact: list[str]
     fused: int
     flushed: bool
@@ -157,16 +157,13 @@ def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
     fits = min(
         target.registers // (_up(registers, 8) * threads), target.shared // shared, target.programs, target.warps // warps
     )
-    accesses = {"ld": Counter(), "st": Counter()}
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.(?:\w+\.)*?global(?:\.\w+)*?(?:\.v(\d))?\.\w(\d+) ", ptx):
-        width = int(vector or 1) * int(bits)
-        accesses[kind][width] += width // 8 * threads
+    loads, stores = _accesses_in_ptx(ptx, _pointers(launch), threads)
     return Code(
         registers=registers,
         spilled=stack + local,
         resident=fits * warps,
-        loads=dict(accesses["ld"]),
-        stores=dict(accesses["st"]),
+        loads=loads,
+        stores=stores,
         inexact=sorted(set(re.findall(r"\b\w+\.(?:full|approx)[.\w]*", ptx))),
         fused=len(re.findall(r"\bfma\.rn", ptx)),
         # What floor flushes to 0 is a position in the lowest bucket either way.
@@ -196,10 +193,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
         target.programs,
         target.warps // (2 * warps),
     )
-    accesses = {"load": Counter(), "store": Counter()}
-    bits = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    for kind, size in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword\w*)", text, re.MULTILINE):
-        accesses[kind][bits[size]] += bits[size] // 8 * threads
+    loads, stores = _accesses_in_llvm(compiled.asm["llir"], _pointers(launch), threads)
     # A correctly rounded division is one reciprocal, five multiply-adds and a fix-up between two scalings.
     divisions = count("v_div_fixup_f32")
     multiply_adds = count(r"v_(?:pk_)?(?:fma|mad)\w*")
@@ -211,8 +205,8 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
         registers=registers,
         spilled=number("private_segment_fixed_size") + number("vgpr_spill_count") + number("sgpr_spill_count"),
         resident=fits * 2 * warps,
-        loads=dict(accesses["load"]),
-        stores=dict(accesses["store"]),
+        loads=loads,
+        stores=stores,
         inexact=sorted(f"v_{name}" for name, times in approximate.items() if times),
         fused=multiply_adds - 5 * divisions,
         flushed=number("amdhsa_float_denorm_mode_32") != 3,
@@ -222,13 +216,74 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
     )
 
 
-def width(accesses: dict[int, int], bulk: int) -> int:
-    """The narrowest access, in bits, that is needed to move ``bulk`` bytes when the widest go first; 0 if all do not."""
-    for bits in sorted(accesses, reverse=True):
-        bulk -= accesses[bits]
-        if bulk <= 0:
-            return bits
-    return 0
+def _pointers(launch: Launch) -> list[str | None]:
+    """By position in the compiled kernel, the name of the argument where it is a pointer."""
+    signature = _source(launch, "cuda").signature
+    return [name if kind.startswith("*") else None for name, kind in signature.items() if kind != "constexpr"]
+
+
+def _origin(name: str, sources: dict[str, set[str]], arguments: dict[str, str]) -> str:
+    """The one pointer argument that the address in that register or value is reckoned from."""
+    seen, todo = set(), [name]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += sources.get(name, ())
+    found = {arguments[name] for name in seen if name in arguments}
+    if len(found) != 1:
+        raise ValueError(f"address {name}: expected to find one pointer argument; got {sorted(found)}")
+    return found.pop()
+
+
+def _accesses_in_ptx(ptx: str, pointers: list[str | None], threads: int) -> tuple[dict, dict]:
+    sources, arguments, found = {}, {}, []
+    for line in ptx.splitlines():
+        access = re.search(r"\b(ld|st)\.\S*global\S*?(?:\.v(\d))?\.\w(\d+)\s.*?\[\s*(%\w+)", line)
+        if access:
+            kind, vector, bits, address = access.groups()
+            found.append((kind, int(vector or 1) * int(bits), address))
+            continue
+        param = re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line)
+        if param and int(param.group(2)) < len(pointers) and pointers[int(param.group(2))]:
+            arguments[param.group(1)] = pointers[int(param.group(2))]
+        elif result := re.match(r"\s+(?:@!?%p\d+ )?\w[\w.]*\s+(%\w+),(.*)", line):
+            sources.setdefault(result.group(1), set()).update(re.findall(r"%\w+", result.group(2)))
+    return _by_pointer(((kind == "st", bits, _origin(a, sources, arguments)) for kind, bits, a in found), threads)
+
+
+_LLVM_BITS = {"i8": 8, "i16": 16, "bfloat": 16, "half": 16, "i32": 32, "float": 32, "i64": 64}
+
+
+def _accesses_in_llvm(llvm: str, pointers: list[str | None], threads: int) -> tuple[dict, dict]:
+    """For AMD: the assembler's registers are used over and over, LLVM's values are not."""
+    sources, arguments, found = {}, {}, []
+    body = llvm[llvm.index("define amdgpu_kernel") :]
+    header, body = body.split("{", 1)
+    names = re.findall(r"[(,] ?(?:ptr|i32|i64|float)[^,]*?(%\w+)(?=[,)])", header)
+    arguments = {name: pointer for name, pointer in zip(names, pointers, strict=False) if pointer}
+    for line in body.splitlines():
+        buffer = re.search(r"buffer\.(load|store)\.(?:v(\d+))?[a-z]*\d+\((.*)", line)
+        plain = re.search(r"\b(load|store) (<(\d+) x )?(\w+)\S* .*?ptr addrspace\(1\) (%\w+)", line)
+        if buffer and "declare" not in line:
+            kind, vector, operands = buffer.groups()
+            element = int(re.search(r"buffer\.\w+\.(?:v\d+)?[a-z]*(\d+)\(", line).group(1))
+            address = re.search(r"ptr addrspace\(8\) (%\w+)", operands).group(1)
+            found.append((kind, int(vector or 1) * element, address))
+        elif plain:
+            kind, _, vector, element, address = plain.groups()
+            found.append((kind, int(vector or 1) * _LLVM_BITS[element], address))
+        elif result := re.match(r"\s+(%\w+) = (.*)", line):
+            sources.setdefault(result.group(1), set()).update(re.findall(r"%\w+", result.group(2)))
+    return _by_pointer(((kind == "store", bits, _origin(a, sources, arguments)) for kind, bits, a in found), threads)
+
+
+def _by_pointer(accesses, threads: int) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]]]:
+    loads, stores = {}, {}
+    for is_store, bits, pointer in accesses:
+        by_bits = (stores if is_store else loads).setdefault(pointer, Counter())
+        by_bits[bits] += bits // 8 * threads
+    return loads, stores
 
 
 @functools.cache
