@@ -12,6 +12,7 @@ from quail_kernels.formats import FORMATS, get_format
 bucket_compare, fake_quant, margin_hinge = (
     importlib.import_module(f"quail_kernels.{name}") for name in ("bucket_compare", "fake_quant", "margin_hinge")
 )
+_HALF_EVEN = ("ct-int4-sym",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,9 +26,12 @@ class Case:
         call: the launcher's call, on CPU tensors.
         elements: how many elements a program is for, by the arguments of the launch.
         loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk: a share of an element or more.
+        lanes: how many elements its tile has room for; more than ``elements`` where a group is padded.
+        passes: how often the loads are done.
         decides_codes: whether the arithmetic has to be PyTorch's to the bit.
         warps: how many have to be resident on a multiprocessor to hide its latencies.
-        narrow: why accesses cannot be 128 bits wide, if they cannot.
+        half_even: whether 1.5 * 2^23 is added and subtracted, which the compiler must not fold.
+        narrow: why accesses cannot be as wide as a thread's share, if they cannot.
     """
 
     name: str
@@ -37,13 +41,20 @@ class Case:
     elements: Callable[[dict], int]
     loads: dict[str, float]
     stores: dict[str, float]
+    lanes: Callable[[dict], int]
+    passes: int = 1
     decides_codes: bool = True
     warps: int = 16
+    half_even: bool = False
     narrow: str = ""
 
 
 def _weights_of_program(arguments: dict) -> int:
     return arguments["BLOCK_GROUPS"] * arguments["GROUP_SIZE"]
+
+
+def _lanes_of_program(arguments: dict) -> int:
+    return arguments["BLOCK_GROUPS"] * arguments["BLOCK_SIZE"]
 
 
 def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
@@ -61,7 +72,8 @@ def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
 def weight_cases() -> Iterator[Case]:
     for format, dtype, suffix, w, narrow in _weights():
         recipe, size = get_format(format), w.element_size()
-        common = {"elements": _weights_of_program, "narrow": narrow}
+        common = {"elements": _weights_of_program, "lanes": _lanes_of_program, "narrow": narrow}
+        half_even = recipe.name in _HALF_EVEN
         name = f"{format} {dtype}{suffix}"
         yield Case(
             f"fake_quant {name}",
@@ -70,6 +82,7 @@ def weight_cases() -> Iterator[Case]:
             lambda w=w, r=recipe: fake_quant._fake_quant_triton(w, r),
             loads={"w_ptr": size},
             stores={"w_q_ptr": size},
+            half_even=half_even,
             **common,
         )
         yield Case(
@@ -79,6 +92,7 @@ def weight_cases() -> Iterator[Case]:
             lambda w=w, r=recipe: fake_quant._quantize_triton(w, r),
             loads={"w_ptr": size},
             stores={"codes_ptr": 0.5},
+            half_even=half_even,
             **common,
         )
         yield Case(
@@ -104,6 +118,7 @@ def weight_cases() -> Iterator[Case]:
                 stores={},
                 # Two weights, two grids and the counters: it has more to keep, and hides latency in arithmetic.
                 warps=8,
+                half_even=half_even,
                 **common,
             )
 
@@ -118,6 +133,7 @@ def hinge_cases() -> Iterator[Case]:
                     options = (0.1, norm, space, -100)
                     name = f"{norm} {space} {vocab} {dtype_name}"
                     common = {
+                        "lanes": lambda arguments: arguments["BLOCK_V"],
                         "decides_codes": False,
                         "narrow": "rows do not start at multiples of 16 bytes" if vocab * z.element_size() % 16 else "",
                     }
@@ -133,6 +149,8 @@ def hinge_cases() -> Iterator[Case]:
                         # The hinge of the label alone reads one logit a row.
                         loads=both if norm != "label" or space == "log_probs" else {},
                         stores={},
+                        # The normalizers first; of the label there is then one logit.
+                        passes=2 if space == "log_probs" and norm != "label" else 1,
                         **common,
                     )
                     yield Case(

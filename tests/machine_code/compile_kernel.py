@@ -76,6 +76,7 @@ class Code:
         fused: multiply-adds that round once, where the source rounds twice.
         flushed: whether arithmetic flushes subnormal numbers to zero.
         atomics: whether global memory is updated atomically.
+        threads: in a program.
         text: the assembly: PTX, or amdgcn.
         cubin: what runs, for NVIDIA.
     """
@@ -89,8 +90,8 @@ class Code:
     fused: int
     flushed: bool
     atomics: bool
-    text: str
     threads: int
+    text: str
     cubin: bytes | None = None
 
 
@@ -182,7 +183,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
         return int(re.search(rf"^\s*\.{name}:?\s+(\d+)", text, re.MULTILINE).group(1))
 
     def count(pattern):
-        return len(re.findall(rf"^\s+(?:{pattern})\b", text, re.MULTILINE))
+        return len(re.findall(rf"^\s+(?:{pattern})(?!\w)", text, re.MULTILINE))
 
     warps = launch.options["num_warps"]
     threads = 64 * warps
@@ -196,14 +197,14 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
     loads, stores = _accesses_in_llvm(compiled.asm["llir"], _pointers(launch), threads)
     # A correctly rounded division is one reciprocal, five multiply-adds and a fix-up between two scalings.
     divisions = count("v_div_fixup_f32")
-    multiply_adds = count(r"v_(?:pk_)?(?:fma|mad)\w*")
-    approximate = {
-        name: count(rf"v_{name}\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log") if count(rf"v_{name}\w*")
-    }
-    approximate["rcp"] = approximate.get("rcp", 0) - divisions
+    # With 0 as its third operand a mixed multiply-add is a product.
+    multiply_adds = count(r"v_(?:pk_)?(?:fma|mad)\w*") - count(r"v_fma_mix\w* .*, 0")
+    approximate = {name: count(rf"v_{name}_f\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log")}
+    approximate["rcp"] -= divisions
     return Code(
         registers=registers,
-        spilled=number("private_segment_fixed_size") + number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # What overflows the scalar registers goes into lanes of vector registers, which are counted.
+        spilled=number("private_segment_fixed_size") + 4 * number("vgpr_spill_count"),
         resident=fits * 2 * warps,
         loads=loads,
         stores=stores,
@@ -301,47 +302,54 @@ def _cuda_tool(name: str, cubin: bytes, option: str) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """Instructions that a thread issues on the longest path through a program."""
+    """Instructions that a thread issues on the longest path through a program, and those on the slower pipes.
+
+    CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability 9.0: a multiprocessor
+    issues to 128 lanes a cycle; 64 of them compare, select, shift or do integer and logic, 32 shuffle or access memory,
+    and 16 take roots, reciprocals, exponentials or convert integers.
+    """
 
     issued: float
-    half_rate: float  # of these, on the pipe for compares, selects, logic and integers, which takes two warps a cycle
-    special: float  # of these, on the pipe for roots, exponentials and conversions, which takes half a warp a cycle
+    integer: float
+    memory: float
+    special: float
+
+    @property
+    def slots(self) -> float:
+        """The issue slots that pass while the busiest pipe is at work: with ``issued`` alone a kernel looks faster."""
+        return max(self.issued, 2 * self.integer, 4 * self.memory, 8 * self.special)
 
 
-# CUDA C++ Programming Guide, throughput of native arithmetic instructions, compute capability 9.0: 64 and 16 lanes a
-# cycle, against 128 for fp32 additions and products.
-_HALF_RATE = re.compile(
-    r"FSETP|FSEL|FMNMX|FCHK|ISETP|SEL|LOP3|SHF|PRMT|IADD|VIADD|IMNMX|VIMNMX|PLOP3|LEA|SGXT|BMSK|IMAD|F2FP|IABS|VABSDIFF"
+_PIPES = (
+    re.compile(r"[FDIH]SETP|[FI]?SEL$|V?I?F?MNMX|VIMNMX|FCHK|LOP3|SHF|PRMT|IADD|VIADD|PLOP3|LEA|SGXT|BMSK|F2FP|IABS|P2R|R2P"),
+    re.compile(r"LD|ST|SHFL|ATOM|RED"),
+    re.compile(r"MUFU|I2F|F2I|F2F$|FRND|POPC|FLO|BREV"),
 )
-_SPECIAL = re.compile(r"MUFU|I2F|F2I|F2F|FRND|POPC|FLO|BREV")
 
 
-def count_work(cubin: bytes, bulk_loads: int, threads: int) -> Work:
+def count_work(cubin: bytes, pass_bytes: float, threads: int) -> Work:
     """Counts the instructions of the longest path that takes no slow path of a division (a call).
 
-    A loop runs as often as its 128-bit loads (if it has none, all its loads) need to fetch ``bulk_loads`` bytes.
+    A loop runs as often as its widest loads need to fetch ``pass_bytes``; narrower ones beside them are the other way
+    over a ragged edge, or scalars.
     """
     blocks = _blocks(_cuda_tool("nvdisasm", cubin, "-c"))
     back, order = _depth_first(blocks)
-    trips = dict.fromkeys(blocks, 1.0)
+    trips = dict.fromkeys(blocks, 1)
     for tail, head in back:
         body = _natural_loop(blocks, tail, head)
         loaded = [_load_bytes(line) for name in body for line in blocks[name].lines]
-        # Narrow loads beside wide ones are the lanes' alternatives at a ragged edge, or scalars.
         fetched = sum(size for size in loaded if size == max(loaded)) * threads
         for name in body:
-            trips[name] *= max(math.ceil(bulk_loads / fetched), 1) if fetched else 1
+            trips[name] *= max(math.ceil(pass_bytes / fetched), 1) if fetched else 1
     longest = {}
     for name in order:  # successors first
-        block = blocks[name]
-        after = [longest[n] for n in block.successors if (name, n) not in back and n in longest]
-        ops = [re.sub(r"@!?U?P\w+\s+", "", line).split()[0] for line in block.lines]
-        here = (
-            len(ops) * trips[name],
-            sum(bool(_HALF_RATE.match(op)) for op in ops) * trips[name],
-            sum(bool(_SPECIAL.match(op)) for op in ops) * trips[name],
+        after = [longest[n] for n in blocks[name].successors if (name, n) not in back and n in longest]
+        ops = [re.sub(r"@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in blocks[name].lines]
+        here = [len(ops), *(sum(bool(pipe.match(op)) for op in ops) for pipe in _PIPES)]
+        longest[name] = tuple(
+            a + b * trips[name] for a, b in zip(max(after, default=(0, 0, 0, 0)), here, strict=True)
         )
-        longest[name] = tuple(map(sum, zip(here, max(after, default=(0, 0, 0)), strict=True)))
     return Work(*longest["entry"])
 
 
