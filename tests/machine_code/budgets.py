@@ -12,6 +12,8 @@ makes
 
     132 * 4 * 32 * 1.755e9 / 3.35e12 = 8.85 instructions of a thread for a byte moved.
 
+``faults`` are the rules that a case breaks and is known to break; any other one fails the test.
+
 ``issue`` is the time for the instructions by the time for the bytes: above 1 the kernel is bound by instructions.
 ``pipes`` is the same for the pipe that is busiest (``Work`` in compile_kernel.py): compares and selects, for one, are
 done at half the rate. Both leave out latencies, so they are a floor and no forecast.
@@ -37,7 +39,22 @@ INSTRUCTIONS_PER_BYTE = 132 * 4 * 32 * 1.755e9 / 3.35e12
 
 def pinned() -> bool:
     """Whether this is the triton that the budgets were written with: another version's figures are its own."""
-    return triton.__version__ == json.loads(BUDGETS.read_text())["triton"]
+    return triton.__version__ == _read()["triton"]
+
+
+def new_faults(figures: dict) -> list[str]:
+    """The rules that the machine code breaks, without those that budgets.json admits to."""
+    return [fault for fault in figures["faults"] if fault not in _read()["faults"]]
+
+
+def stale() -> list[str]:
+    """What budgets.json has of cases that are no more."""
+    return [name for name in _read()["cases"] if name not in CASES]
+
+
+@functools.cache
+def _read() -> dict:
+    return json.loads(BUDGETS.read_text())
 
 
 def _access_bits(by_bits: dict[int, int]) -> int:
@@ -45,8 +62,11 @@ def _access_bits(by_bits: dict[int, int]) -> int:
     return min(bits for bits, moved in by_bits.items() if 8 * moved >= sum(by_bits.values()))
 
 
-def measure(name: str, targets: tuple[str, ...]) -> dict:
-    """The figures of a case, and in ``faults`` every rule that its machine code breaks, a line each."""
+def measure(name: str, targets: tuple[str, ...], count: bool) -> dict:
+    """The figures of a case, and in ``faults`` every rule that its machine code breaks, a line each.
+
+    ``count`` asks for the instructions on sm_90, too: disassembling takes longer than compiling.
+    """
     case = CASES[name]
     launch = note_launch(case.module, case.kernel, case.call)
     figures = {"registers": [], "bits": [], "faults": []}
@@ -60,7 +80,7 @@ def measure(name: str, targets: tuple[str, ...]) -> dict:
         figures["registers"].append(code.registers)
         figures["bits"].append(min(widths.values(), default=128))
         figures["faults"] += [f"{name} on {target}: {fault}" for fault in _faults(case, launch, code, widths)]
-        if target == "sm_90":
+        if target == "sm_90" and count:
             figures |= _work(case, launch, code)
     return figures
 
@@ -105,17 +125,17 @@ def _work(case: Case, launch, code: Code) -> dict:
     return figures
 
 
-def measure_all(names, targets: tuple[str, ...]) -> dict[str, dict]:
+def measure_all(names: list[str], targets: tuple[str, ...], count: bool = True) -> dict[str, dict]:
     """``measure`` of many cases, over as many processes as there are processors."""
     # A fork would inherit OpenMP's threads, which are not there in the child, and wait for them.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        return dict(zip(names, pool.map(functools.partial(measure, targets=targets), names), strict=True))
+        return dict(zip(names, pool.map(functools.partial(measure, targets=targets, count=count), names), strict=True))
 
 
 def over_budget(name: str, figures: dict, targets: tuple[str, ...]) -> list[str]:
     """Every figure of the case that is worse than its budget, a line each."""
-    budget = json.loads(BUDGETS.read_text())["cases"].get(name)
+    budget = _read()["cases"].get(name)
     if budget is None:
         return [f"{name}: expected a budget in {BUDGETS.name}; run python tests/machine_code/budgets.py --write"]
     allowed = {key: dict(zip(TARGETS, budget[key], strict=True)) for key in ("registers", "bits")}
@@ -132,12 +152,18 @@ def over_budget(name: str, figures: dict, targets: tuple[str, ...]) -> list[str]
 
 
 def _write(measured: dict[str, dict]) -> None:
-    cases = [
+    rows = [
         f"  {json.dumps(name)}: {json.dumps({key: figures[key] for key in figures if key != 'faults'})}"
         for name, figures in measured.items()
     ]
-    head = f' "triton": {json.dumps(triton.__version__)},\n "targets": {json.dumps(list(TARGETS))},\n "cases": {{\n'
-    BUDGETS.write_text("{\n" + head + ",\n".join(cases) + "\n }\n}\n")
+    faults = [f"  {json.dumps(fault)}" for figures in measured.values() for fault in figures["faults"]]
+    parts = (
+        f' "triton": {json.dumps(triton.__version__)}',
+        f' "targets": {json.dumps(list(TARGETS))}',
+        ' "faults": [' + ",\n".join(["", *faults]).removeprefix(",") + "\n ]",
+        ' "cases": {\n' + ",\n".join(rows) + "\n }",
+    )
+    BUDGETS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _main() -> int:
@@ -153,11 +179,11 @@ def _main() -> int:
             print(f"{name:48}", *(f"{cell:>6}" for cell in row + time), "; ".join(figures["faults"]))
         return 0
     measured = measure_all(list(CASES), tuple(TARGETS))
-    lines = [fault for figures in measured.values() for fault in figures["faults"]]
     if options.write:
         _write(measured)
-    else:
-        lines += [line for name, figures in measured.items() for line in over_budget(name, figures, tuple(TARGETS))]
+        return 0
+    lines = [line for figures in measured.values() for line in new_faults(figures)]
+    lines += [line for name, figures in measured.items() for line in over_budget(name, figures, tuple(TARGETS))]
     print("\n".join(lines) or f"{len(measured)} cases: nothing to report")
     return bool(lines)
 

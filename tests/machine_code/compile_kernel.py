@@ -198,7 +198,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
     # A correctly rounded division is one reciprocal, five multiply-adds and a fix-up between two scalings.
     divisions = count("v_div_fixup_f32")
     # With 0 as its third operand a mixed multiply-add is a product.
-    multiply_adds = count(r"v_(?:pk_)?(?:fma|mad)\w*") - count(r"v_fma_mix\w* .*, 0")
+    multiply_adds = count(r"v_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32)\w*") - count(r"v_fma_mix\w* .*, 0")
     approximate = {name: count(rf"v_{name}_f\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log")}
     approximate["rcp"] -= divisions
     return Code(
