@@ -1,0 +1,171 @@
+"""Every launch whose machine code is checked: each kernel x format x dtype. A new op adds its cases to ``CASES``."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quail_kernels.formats import FORMATS, get_format
+
+# The package gives the ops' own names to their functions.
+bucket_compare, fake_quant, margin_hinge = (
+    importlib.import_module(f"quail_kernels.{name}") for name in ("bucket_compare", "fake_quant", "margin_hinge")
+)
+_HALF_EVEN = ("ct-int4-sym",)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch, and what a program of it has to move.
+
+    Attributes:
+        name: kernel, format or norm, dtype.
+        module, kernel: where the kernel stands.
+        call: the launcher's call, on CPU tensors.
+        elements: how many elements a program is for, by the arguments of the launch.
+        loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk: a share of an element or more.
+        lanes: how many elements its tile has room for; more than ``elements`` where a group is padded.
+        passes: how often the loads are done.
+        decides_codes: whether the arithmetic has to be PyTorch's to the bit.
+        warps: how many have to be resident on a multiprocessor to hide its latencies.
+        half_even: whether 1.5 * 2^23 is added and subtracted, which the compiler must not fold.
+        narrow: why accesses cannot be as wide as a thread's share, if they cannot.
+    """
+
+    name: str
+    module: str
+    kernel: str
+    call: Callable[[], object]
+    elements: Callable[[dict], int]
+    loads: dict[str, float]
+    stores: dict[str, float]
+    lanes: Callable[[dict], int]
+    passes: int = 1
+    decides_codes: bool = True
+    warps: int = 16
+    half_even: bool = False
+    narrow: str = ""
+
+
+def _weights_of_program(arguments: dict) -> int:
+    return arguments["BLOCK_GROUPS"] * arguments["GROUP_SIZE"]
+
+
+def _lanes_of_program(arguments: dict) -> int:
+    return arguments["BLOCK_GROUPS"] * arguments["BLOCK_SIZE"]
+
+
+def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
+    """(format, dtype's name, suffix of the case's name, weight, why accesses are narrow)."""
+    for format in (*FORMATS, "bnb-nf4@4096", "ct-int4-sym@96", "minmax-int4@128"):
+        size = get_format(format).group_size or 1
+        for name, dtype in DTYPES.items():
+            yield format, name, "", torch.zeros(96, 4096 + -4096 % size, dtype=dtype), ""
+    nf4 = get_format("bnb-nf4").group_size
+    for name, dtype in DTYPES.items():
+        yield "bnb-nf4", name, " short", torch.zeros(nf4 * 40 + 16, dtype=dtype), ""
+    yield "bnb-nf4", "bf16", " odd", torch.zeros(nf4 * 40 + 7, dtype=torch.bfloat16), "each weight has its own mask"
+
+
+def weight_cases() -> Iterator[Case]:
+    for format, dtype, suffix, w, narrow in _weights():
+        recipe, size = get_format(format), w.element_size()
+        common = {"elements": _weights_of_program, "lanes": _lanes_of_program, "narrow": narrow}
+        half_even = recipe.name in _HALF_EVEN
+        name = f"{format} {dtype}{suffix}"
+        yield Case(
+            f"fake_quant {name}",
+            "fake_quant",
+            "_fake_quant_fwd_kernel",
+            lambda w=w, r=recipe: fake_quant._fake_quant_triton(w, r),
+            loads={"w_ptr": size},
+            stores={"w_q_ptr": size},
+            half_even=half_even,
+            **common,
+        )
+        yield Case(
+            f"quantize {name}",
+            "fake_quant",
+            "_quantize_fwd_kernel",
+            lambda w=w, r=recipe: fake_quant._quantize_triton(w, r),
+            loads={"w_ptr": size},
+            stores={"codes_ptr": 0.5},
+            half_even=half_even,
+            **common,
+        )
+        yield Case(
+            f"dequantize {name}",
+            "fake_quant",
+            "_dequantize_fwd_kernel",
+            lambda w=w, r=recipe: fake_quant._dequantize_triton(
+                *fake_quant._quantize_torch(w, r), r, w.shape, w.dtype
+            ),
+            loads={"codes_ptr": 0.5},
+            stores={"w_q_ptr": size},
+            **common,
+        )
+        for scales in ("own", "before"):
+            yield Case(
+                f"bucket_compare {name} {scales}",
+                "bucket_compare",
+                "_bucket_compare_fwd_kernel",
+                lambda w=w, r=recipe, shared=scales == "before": bucket_compare._bucket_compare_triton(
+                    w, w, r, shared, True
+                ),
+                loads={"before_ptr": size, "after_ptr": size},
+                stores={},
+                # Two weights, two grids and the counters: it has more to keep, and hides latency in arithmetic.
+                warps=8,
+                half_even=half_even,
+                **common,
+            )
+
+
+def hinge_cases() -> Iterator[Case]:
+    for vocab in (49152, 50257):
+        for norm in margin_hinge.NORMS:
+            for space in margin_hinge.SPACES:
+                for dtype_name, dtype in DTYPES.items():
+                    z, grad = torch.zeros(1, 4, vocab, dtype=dtype), torch.zeros(4)
+                    labels, stats = torch.zeros(4, dtype=torch.int64), torch.zeros(4, margin_hinge._STATS)
+                    options = (0.1, norm, space, -100)
+                    name = f"{norm} {space} {vocab} {dtype_name}"
+                    common = {
+                        "lanes": lambda arguments: arguments["BLOCK_V"],
+                        "decides_codes": False,
+                        "narrow": "rows do not start at multiples of 16 bytes" if vocab * z.element_size() % 16 else "",
+                    }
+                    size = z.element_size()
+                    both = {"z_ptr": size, "ref_ptr": size}
+                    at_label = {"z_ptr": size} if space == "log_probs" else {}
+                    yield Case(
+                        f"hinge_fwd {name}",
+                        "margin_hinge",
+                        "_margin_hinge_fwd_kernel",
+                        lambda z=z, labels=labels, o=options: margin_hinge._margin_hinge_fwd_triton(z, z, labels, *o),
+                        elements=lambda arguments: arguments["n_vocab"],
+                        # The hinge of the label alone reads one logit a row.
+                        loads=both if norm != "label" or space == "log_probs" else {},
+                        stores={},
+                        # The normalizers first; of the label there is then one logit.
+                        passes=2 if space == "log_probs" and norm != "label" else 1,
+                        **common,
+                    )
+                    yield Case(
+                        f"hinge_bwd {name}",
+                        "margin_hinge",
+                        "_margin_hinge_bwd_kernel",
+                        lambda z=z, grad=grad, labels=labels, s=stats, o=options: (
+                            margin_hinge._margin_hinge_bwd_triton(z, grad, z, z, labels, s, *o)
+                        ),
+                        elements=lambda arguments: arguments["BLOCK_V"],
+                        # At the label alone, z is read for its softmax only, and the reference not at all.
+                        loads=both if norm != "label" else at_label,
+                        stores={"out_ptr": size},
+                        **common,
+                    )
+
+
+CASES: dict[str, Case] = {case.name: case for cases in (weight_cases(), hinge_cases()) for case in cases}

@@ -1,0 +1,46 @@
+"""Every kernel's machine code keeps the rules and its budget; budgets.py says which, and how to write them anew.
+
+By default for sm_90 and gfx942, which takes a quarter of the time; with QUAIL_ALL_TARGETS=1 for every target, as CI does.
+Under another triton than the one that the budgets were written with, sm_90 is compiled and held to the rules only: no
+spills, wide accesses, exact arithmetic, enough resident warps. Such a triton needs no environment of its own:
+
+    pip install --no-deps --target .venv/triton-3.6.0 triton==3.6.0
+    PYTHONPATH=.venv/triton-3.6.0 python -m pytest tests/machine_code
+"""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from budgets import measure_all, new_faults, over_budget, pinned, stale  # noqa: E402
+from cases import CASES  # noqa: E402
+from compile_kernel import TARGETS  # noqa: E402
+
+if not pinned():
+    MEASURED_TARGETS = ("sm_90",)
+elif os.environ.get("QUAIL_ALL_TARGETS") == "1":
+    MEASURED_TARGETS = tuple(TARGETS)
+else:
+    MEASURED_TARGETS = ("sm_90", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def measured(request):
+    wanted = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+    return measure_all([name for name in CASES if name in wanted], MEASURED_TARGETS, count=pinned())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_machine_code(name, measured):
+    lines = new_faults(measured[name])
+    if pinned():
+        lines += over_budget(name, measured[name], MEASURED_TARGETS)
+    assert not lines, "\n".join(lines)
+
+
+def test_budgets_are_of_cases_that_there_are():
+    assert stale() == []
