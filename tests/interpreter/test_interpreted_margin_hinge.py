@@ -119,13 +119,13 @@ def test_odd_cases(norm, space):
 
 
 def test_ties_share_the_gradient_of_linf():
-    """Ties in one chunk and in several, after a smaller maximum of the same chunk in an earlier block."""
+    """Ties in one chunk, in several and across blocks, and one after a smaller maximum of an earlier block."""
     z = torch.zeros(1, 1, 64)
-    z[0, 0, [0, 16, 17, 32]] = torch.tensor([0.25, 0.5, -0.5, 0.5])
+    z[0, 0, [16, 17, 48, 20, 52]] = torch.tensor([0.5, -0.5, 0.5, 0.25, 0.5])
     h, active, grad = run("triton", z, torch.zeros_like(z), None, 1.0, "linf", "logits", torch.ones(1), 32)
     assert h == 0.5 and active == 1
     expected = torch.zeros(64)
-    expected[[16, 17, 32]] = torch.tensor([-1.0, 1.0, -1.0]) / 3
+    expected[[16, 17, 48, 52]] = torch.tensor([-1.0, 1.0, -1.0, -1.0]) / 4
     assert torch.equal(grad[0, 0], expected)
 
 
