@@ -246,7 +246,7 @@ def test_whatever_the_weights_are(case, layout, change, shared):
         assert got.same_value == (value == fake_quant(after, format)).sum()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("format", FORMAT_NAMES)
 def test_opcheck(format, layout):
     before, after = pair(4, 384)

@@ -127,7 +127,7 @@ class LargeTensors(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "columns", "transposed"])
 @ALL_FORMATS
 def test_references_make_no_temporary_of_the_size_of_the_weight(format, layout):
     w = laid_out(weights(8192, 1536, dtype=torch.bfloat16), layout)
@@ -144,7 +144,7 @@ def test_references_make_no_temporary_of_the_size_of_the_weight(format, layout):
     assert large.found == ["empty"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @ALL_FORMATS
 def test_opcheck(format, layout):
     w = laid_out(weights(4, 384), layout)
