@@ -58,8 +58,8 @@ def _read() -> dict:
 
 
 def _access_bits(by_bits: dict[int, int]) -> int:
-    """The narrowest access that moves an eighth of the bytes or more; below that it is an edge or a single element."""
-    return min(bits for bits, moved in by_bits.items() if 8 * moved >= sum(by_bits.values()))
+    """The narrowest access that moves a quarter of the bytes or more; below that it is an edge or a single element."""
+    return min(bits for bits, moved in by_bits.items() if 4 * moved >= sum(by_bits.values()))
 
 
 def measure(name: str, targets: tuple[str, ...], count: bool) -> dict:
@@ -72,11 +72,11 @@ def measure(name: str, targets: tuple[str, ...], count: bool) -> dict:
     figures = {"registers": [], "bits": [], "faults": []}
     for target in targets:
         code = compile_launch(launch, target)
-        widths = {
-            pointer: _access_bits(accesses.get(pointer, {0: 0}))
-            for pointers, accesses in ((case.loads, code.loads), (case.stores, code.stores))
-            for pointer in pointers
-        }
+        bulk = [code.loads.get(pointer, {0: 0}) for pointer in case.loads]
+        bulk += [code.stores.get(pointer, {0: 0}) for pointer in case.stores]
+        widths = {}
+        for pointer, accesses in zip([*case.loads, *case.stores], bulk, strict=True):
+            widths[pointer] = min(_access_bits(accesses), widths.get(pointer, 128))
         figures["registers"].append(code.registers)
         figures["bits"].append(min(widths.values(), default=128))
         figures["faults"] += [f"{name} on {target}: {fault}" for fault in _faults(case, launch, code, widths)]
@@ -95,7 +95,7 @@ def _faults(case: Case, launch, code: Code, widths: dict[str, int]) -> list[str]
         faults.append("atomic operations, expected sums in a fixed order")
     share = case.lanes(launch.arguments) // code.threads
     for pointer, bits in widths.items():
-        size = case.loads.get(pointer) or case.stores[pointer]
+        size = (case.loads | case.stores)[pointer]
         expected = min(128, int(8 * size * share))
         if bits < expected and not case.narrow:
             faults.append(f"{pointer} accessed by {bits} bits, expected {expected}")

@@ -9,10 +9,11 @@ import torch
 from quail_kernels.formats import FORMATS, get_format
 
 # The package gives the ops' own names to their functions.
-bucket_compare, fake_quant, margin_hinge = (
-    importlib.import_module(f"quail_kernels.{name}") for name in ("bucket_compare", "fake_quant", "margin_hinge")
+bucket_compare, fake_quant, margin_hinge, linear_margin_hinge = (
+    importlib.import_module(f"quail_kernels.{name}")
+    for name in ("bucket_compare", "fake_quant", "margin_hinge", "linear_margin_hinge")
 )
-_HALF_EVEN = ("ct-int4-sym",)
+_HALF_EVEN = ("symmetric", "zero_point", "zero_point_fp16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -73,7 +74,7 @@ def weight_cases() -> Iterator[Case]:
     for format, dtype, suffix, w, narrow in _weights():
         recipe, size = get_format(format), w.element_size()
         common = {"elements": _weights_of_program, "lanes": _lanes_of_program, "narrow": narrow}
-        half_even = recipe.name in _HALF_EVEN
+        half_even = recipe.kind in _HALF_EVEN
         name = f"{format} {dtype}{suffix}"
         yield Case(
             f"fake_quant {name}",
@@ -135,7 +136,6 @@ def hinge_cases() -> Iterator[Case]:
                     common = {
                         "lanes": lambda arguments: arguments["BLOCK_V"],
                         "decides_codes": False,
-                        "narrow": "rows do not start at multiples of 16 bytes" if vocab * z.element_size() % 16 else "",
                     }
                     size = z.element_size()
                     both = {"z_ptr": size, "ref_ptr": size}
@@ -149,8 +149,8 @@ def hinge_cases() -> Iterator[Case]:
                         # The hinge of the label alone reads one logit a row.
                         loads=both if norm != "label" or space == "log_probs" else {},
                         stores={},
-                        # The normalizers first; of the label there is then one logit.
-                        passes=2 if space == "log_probs" and norm != "label" else 1,
+                        # Whether a logit is inside the margin cannot be told before the normalizers are known.
+                        passes=2 if space == "log_probs" and norm == "per_logit" else 1,
                         **common,
                     )
                     yield Case(
@@ -168,4 +168,38 @@ def hinge_cases() -> Iterator[Case]:
                     )
 
 
-CASES: dict[str, Case] = {case.name: case for cases in (weight_cases(), hinge_cases()) for case in cases}
+def epilogue_cases() -> Iterator[Case]:
+    """The logits of the hinge that takes hidden states, in the rows of a buffer padded to a multiple of 16."""
+    tokens, vocab = 4, 50257
+    labels, per_token = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens)
+    for dtype_name, dtype in DTYPES.items():
+        z = torch.zeros(tokens, vocab + -vocab % 16, dtype=dtype)[:, :vocab]
+        common = {"lanes": lambda arguments: arguments["BLOCK_V"], "decides_codes": False}
+        for name, scale, softcap in (("", 1.0, None), (" scale", 0.5, None), (" softcap", 1.0, 30.0)):
+            yield Case(
+                f"epilogue_fwd{name} {dtype_name}",
+                "linear_margin_hinge",
+                "_epilogue_fwd_kernel",
+                lambda z=z, scale=scale, softcap=softcap: linear_margin_hinge._epilogue_fwd_triton(
+                    per_token, z, labels, scale, softcap, -100
+                ),
+                elements=lambda arguments: arguments["n_vocab"],
+                loads={"z_ptr": z.element_size()},
+                stores={"z_ptr": z.element_size()} if name else {},
+                **common,
+            )
+            yield Case(
+                f"epilogue_bwd{name} {dtype_name}",
+                "linear_margin_hinge",
+                "_epilogue_bwd_kernel",
+                lambda z=z, scale=scale, softcap=softcap: linear_margin_hinge._epilogue_bwd_triton(
+                    z, z, per_token, per_token, labels, scale, softcap
+                ),
+                elements=lambda arguments: arguments["BLOCK_V"],
+                loads={"z_ptr": z.element_size(), "grad_hinge_logits_ptr": z.element_size()},
+                stores={"z_ptr": z.element_size()},
+                **common,
+            )
+
+
+CASES: dict[str, Case] = {case.name: case for cases in (weight_cases(), hinge_cases(), epilogue_cases()) for case in cases}

@@ -248,8 +248,11 @@ def _accesses_in_ptx(ptx: str, pointers: list[str | None], threads: int) -> tupl
         param = re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line)
         if param and int(param.group(2)) < len(pointers) and pointers[int(param.group(2))]:
             arguments[param.group(1)] = pointers[int(param.group(2))]
-        elif result := re.match(r"\s+(?:@!?%p\d+ )?\w[\w.]*\s+(%\w+),(.*)", line):
-            sources.setdefault(result.group(1), set()).update(re.findall(r"%\w+", result.group(2)))
+        elif result := re.match(r"\s+(add|sub|mov|cvta|mad|selp)\.\S+\s+(%\w+),(.*);", line):
+            # What only moves an address by a number, as a distance to the next boundary, is not its origin.
+            operands = re.findall(r"%\w+", result.group(3))
+            kept = operands[-1:] if result.group(1) == "mad" else operands
+            sources.setdefault(result.group(2), set()).update(kept)
     return _by_pointer(((kind == "st", bits, _origin(a, sources, arguments)) for kind, bits, a in found), threads)
 
 
@@ -274,8 +277,10 @@ def _accesses_in_llvm(llvm: str, pointers: list[str | None], threads: int) -> tu
         elif plain:
             kind, _, vector, element, address = plain.groups()
             found.append((kind, int(vector or 1) * _LLVM_BITS[element], address))
-        elif result := re.match(r"\s+(%\w+) = (.*)", line):
-            sources.setdefault(result.group(1), set()).update(re.findall(r"%\w+", result.group(2)))
+        elif result := re.match(r"\s+(%\w+) = .*?\bptr addrspace\(\d\) (.*)", line):
+            is_phi = " phi " in line
+            operands = re.findall(r"%\w+" if is_phi else r"^%\w+|(?<=\) )%\w+", result.group(2))
+            sources.setdefault(result.group(1), set()).update(operands)
     return _by_pointer(((kind == "store", bits, _origin(a, sources, arguments)) for kind, bits, a in found), threads)
 
 
