@@ -4,9 +4,9 @@ A weight tensor is cut into groups of consecutive elements, each group is given 
 and a minimum), and every weight is given one of sixteen buckets. The arithmetic of each recipe stands in the
 file of its family, with x a weight of group g, all in fp32 unless said:
 
-    codebook.py    bnb-nf4, bnb-fp4
-    integer.py     ct-int4-sym, minmax-int4
-    gguf.py        gguf-q4_0, gguf-q4_1
+    codebook.py        bnb-nf4, bnb-fp4
+    integer.py         ct-int4-sym, minmax-int4
+    gguf.py            gguf-q4_0, gguf-q4_1
     microscaling.py    mxfp4, mxfp4-rceil, gguf-mxfp4, nvfp4
 
 A recipe that follows a rule that is there is one entry in RECIPES; a new rule is a class with the PyTorch
