@@ -62,9 +62,8 @@ class BucketComparison:
         code_distance: [16], how many weights moved by how many buckets.
         same_value: how many dequantize to the same value in the tensor's dtype.
         on_grid: how many weights of w_before are exactly what they dequantize to. Near ``total`` it tells a
-            model that was shipped in this recipe; only recipes that reproduce their own scale can tell
-            (bitsandbytes does; ``ct-int4-sym`` and ``minmax-int4`` do not, since their largest weight is not
-            on the grid).
+            model that was shipped in this recipe; only recipes that reproduce their own grid can tell. How far
+            each does is measured in formats/README.md.
         zero_groups: how many groups are zero throughout in both tensors. Their weights count in everything
             else.
         below_half_step: how many weights have |dw| < s / 2 or dw = 0.

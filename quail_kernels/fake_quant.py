@@ -434,10 +434,12 @@ def quantize(w: torch.Tensor, format: str, group_size: int | None = None) -> tup
     Returns:
         codes: uint8 [ceil(n / 2)], the first of two weights in the high nibble; an odd tail is filled with
             the code of a zero weight (``minmax-int4``: code 0).
-        scales: one a group: fp32 absmax [groups] (bitsandbytes), the scale in w's dtype [groups]
-            (``ct-int4-sym``), fp32 [groups, 2] = (step, minimum) (``minmax-int4``), fp16 d [groups]
-            (``gguf-q4_0``) or [groups, 2] = (d, minimum) (``gguf-q4_1``), the power of two in fp32 [groups]
-            (``mxfp4`` and its kin), or fp32 [groups, 2] = (E4M3 scale, scale of the tensor) (``nvfp4``).
+        scales: what the recipe stores for each group, [groups], or [groups, 2] where it is two numbers:
+            fp32 absmax (bitsandbytes); the scale in w's dtype (``ct-int4-sym``, ``awq-int4-sym``) or in fp32
+            (``mslk-int4-sym``); scale and zero point in w's dtype (``ct-int4-asym``, ``awq-int4-asym``) or in
+            fp16 (``gptq-int4-asym``); fp32 step and minimum (``minmax-int4``); fp16 d (``gguf-q4_0``) or d and
+            minimum (``gguf-q4_1``); the power of two in fp32 (``mxfp4`` and its kin); fp32 E4M3 scale and
+            scale of the tensor (``nvfp4``).
     """
     check_weight("w", w, get_format(format, group_size))
     admit_dtensors(w)

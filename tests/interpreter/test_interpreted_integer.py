@@ -39,7 +39,10 @@ def test_awkward_weights(format, dtype):
     assert_same(fake_quant._dequantize_triton(codes, scales, recipe, w.shape, dtype, TILE), w_q)
     assert_same(fake_quant._dequantize_torch(codes, scales, recipe, w.shape, dtype), w_q)
     after = w.flip(0)
-    counts, _, same = bucket_compare._bucket_compare_torch(w, after, recipe, False, True)
-    triton_counts, _, triton_same = bucket_compare._bucket_compare_triton(w, after, recipe, False, True, TILE)
+    counts, _, top, same = bucket_compare._bucket_compare_torch(w, after, recipe, False, True)
+    triton_counts, _, triton_top, triton_same = bucket_compare._bucket_compare_triton(
+        w, after, recipe, False, True, TILE
+    )
     assert_same(triton_counts, counts)
+    assert_same(triton_top, top)
     assert_same(triton_same, same)
