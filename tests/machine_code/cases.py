@@ -26,7 +26,7 @@ class Case:
         module, kernel: where the kernel stands.
         call: the launcher's call, on CPU tensors.
         elements: how many elements a program is for, by the arguments of the launch.
-        loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk: a share of an element or more.
+        loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk.
         lanes: how many elements its tile has room for; more than ``elements`` where a group is padded.
         passes: how often the loads are done.
         decides_codes: whether the arithmetic has to be PyTorch's to the bit.
@@ -100,9 +100,7 @@ def weight_cases() -> Iterator[Case]:
             f"dequantize {name}",
             "fake_quant",
             "_dequantize_fwd_kernel",
-            lambda w=w, r=recipe: fake_quant._dequantize_triton(
-                *fake_quant._quantize_torch(w, r), r, w.shape, w.dtype
-            ),
+            lambda w=w, r=recipe: fake_quant._dequantize_triton(*fake_quant._quantize_torch(w, r), r, w.shape, w.dtype),
             loads={"codes_ptr": 0.5},
             stores={"w_q_ptr": size},
             **common,
@@ -157,8 +155,8 @@ def hinge_cases() -> Iterator[Case]:
                         f"hinge_bwd {name}",
                         "margin_hinge",
                         "_margin_hinge_bwd_kernel",
-                        lambda z=z, grad=grad, labels=labels, s=stats, o=options: (
-                            margin_hinge._margin_hinge_bwd_triton(z, grad, z, z, labels, s, *o)
+                        lambda z=z, grad=grad, labels=labels, s=stats, o=options: margin_hinge._margin_hinge_bwd_triton(
+                            z, grad, z, z, labels, s, *o
                         ),
                         elements=lambda arguments: arguments["BLOCK_V"],
                         # At the label alone, z is read for its softmax only, and the reference not at all.
@@ -202,4 +200,6 @@ def epilogue_cases() -> Iterator[Case]:
             )
 
 
-CASES: dict[str, Case] = {case.name: case for cases in (weight_cases(), hinge_cases(), epilogue_cases()) for case in cases}
+CASES: dict[str, Case] = {
+    case.name: case for cases in (weight_cases(), hinge_cases(), epilogue_cases()) for case in cases
+}

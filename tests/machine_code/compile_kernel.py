@@ -156,7 +156,10 @@ def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
     threads = 32 * warps
     shared = compiled.metadata.shared + 1024  # of which the driver keeps 1 KiB for itself
     fits = min(
-        target.registers // (_up(registers, 8) * threads), target.shared // shared, target.programs, target.warps // warps
+        target.registers // (_up(registers, 8) * threads),
+        target.shared // shared,
+        target.programs,
+        target.warps // warps,
     )
     loads, stores = _accesses_in_ptx(ptx, _pointers(launch), threads)
     return Code(
@@ -326,7 +329,9 @@ class Work:
 
 
 _PIPES = (
-    re.compile(r"[FDIH]SETP|[FI]?SEL$|V?I?F?MNMX|VIMNMX|FCHK|LOP3|SHF|PRMT|IADD|VIADD|PLOP3|LEA|SGXT|BMSK|F2FP|IABS|P2R|R2P"),
+    re.compile(
+        r"[FDIH]SETP|[FI]?SEL$|V?I?F?MNMX|VIMNMX|FCHK|LOP3|SHF|PRMT|IADD|VIADD|PLOP3|LEA|SGXT|BMSK|F2FP|IABS|P2R|R2P"
+    ),
     re.compile(r"LD|ST|SHFL|ATOM|RED"),
     re.compile(r"MUFU|I2F|F2I|F2F$|FRND|POPC|FLO|BREV"),
 )
@@ -352,9 +357,7 @@ def count_work(cubin: bytes, pass_bytes: float, threads: int) -> Work:
         after = [longest[n] for n in blocks[name].successors if (name, n) not in back and n in longest]
         ops = [re.sub(r"@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in blocks[name].lines]
         here = [len(ops), *(sum(bool(pipe.match(op)) for op in ops) for pipe in _PIPES)]
-        longest[name] = tuple(
-            a + b * trips[name] for a, b in zip(max(after, default=(0, 0, 0, 0)), here, strict=True)
-        )
+        longest[name] = tuple(a + b * trips[name] for a, b in zip(max(after, default=(0, 0, 0, 0)), here, strict=True))
     return Work(*longest["entry"])
 
 
