@@ -212,6 +212,7 @@ def _bucket_compare_fwd_kernel(
     after_size_2,
     of_before_ptr,
     of_after_ptr,
+    table_ptr,
     n,
     KIND: tl.constexpr,
     RULE: tl.constexpr,
@@ -274,12 +275,12 @@ def _bucket_compare_fwd_kernel(
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
     y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
 
-    bucket = tile_bucket(pos, scale, KIND, THRESHOLDS, BUCKETS)
-    y_bucket = tile_bucket(y_pos, y_scale, KIND, THRESHOLDS, BUCKETS)
+    bucket = tile_bucket(pos, scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
+    y_bucket = tile_bucket(y_pos, y_scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
     distance = tl.minimum(tl.abs(y_bucket - bucket), 15)
-    value = tile_value(pos, scale, aux, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-    y_value = tile_value(y_pos, y_scale, y_aux, KIND, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-    step = tile_step(pos, scale, aux, KIND, THRESHOLDS, WIDTHS)
+    value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+    y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+    step = tile_step(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS)
     change = tl.abs(y - x)
     ratio = tl.div_rn(change, step)
     flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
@@ -342,9 +343,10 @@ def _bucket_compare_triton(
             *after_layout,
             of_before,
             of_before if shared_scales else recipe.fit_tensor(after),
+            recipe.kernel_table(device),
             n,
             LEVELS=recipe.levels,
-            BUCKETS=recipe.buckets,
+            BUCKETS=recipe.column("buckets"),
             WIDTHS=recipe.widths,
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,

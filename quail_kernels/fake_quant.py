@@ -100,6 +100,7 @@ def _fake_quant_fwd_kernel(
     w_size_1,
     w_size_2,
     of_tensor_ptr,
+    table_ptr,
     n,
     KIND: tl.constexpr,
     RULE: tl.constexpr,
@@ -136,7 +137,7 @@ def _fake_quant_fwd_kernel(
         of_tensor = tl.load(of_tensor_ptr) if NEEDS_TENSOR else 0.0
         scale, aux = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
-    w_q = tile_value(pos, scale, aux, KIND, THRESHOLDS, LEVELS)
+    w_q = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS)
     tl.store(w_q_ptr + offsets, w_q.to(dtype), mask=mask)
 
 
@@ -151,7 +152,9 @@ def _quantize_fwd_kernel(
     w_size_1,
     w_size_2,
     of_tensor_ptr,
+    table_ptr,
     n,
+    n_codes,
     KIND: tl.constexpr,
     RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
@@ -194,12 +197,13 @@ def _quantize_fwd_kernel(
         if N_PARAMS == 2:
             tl.store(scales_ptr + 2 * group + 1, aux.to(scales_ptr.dtype.element_ty), mask=is_group)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
-    code = tl.where(mask, tile_entry(pos, KIND, THRESHOLDS, CODES), PAD_CODE)
+    code = tl.where(mask, tile_entry(pos, table_ptr, KIND, RULE, THRESHOLDS, CODES), PAD_CODE)
     high, low_nibble = tl.split(code.reshape(BLOCK_GROUPS, BLOCK_SIZE // 2, 2))
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
-    first = group * GROUP_SIZE + 2 * pair
-    pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
-    tl.store(codes_ptr + first // 2, (high * 16 + low_nibble).to(tl.uint8), mask=pair_mask)
+    # In pairs and not in weights: the compiler then sees that a thread's bytes are neighbours.
+    pairs = group * (GROUP_SIZE // 2) + pair
+    pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
+    tl.store(codes_ptr + pairs, (high * 16 + low_nibble).to(tl.uint8), mask=pair_mask)
 
 
 @triton.jit
@@ -210,9 +214,11 @@ def _dequantize_fwd_kernel(
     scales_ptr,
     scales_stride_0,
     scales_stride_1,
+    table_ptr,
     n,
+    n_codes,
     KIND: tl.constexpr,
-    LEVELS_BY_CODE: tl.constexpr,
+    LEVELS: tl.constexpr,
     N_PARAMS: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -223,11 +229,11 @@ def _dequantize_fwd_kernel(
     and what ``_quantize_fwd_kernel`` writes a group."""
     group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
-    first = group * GROUP_SIZE + 2 * pair
-    pair_mask = (2 * pair < GROUP_SIZE) & (first < n)
-    packed = tl.load(codes_ptr + first // 2 * codes_stride, mask=pair_mask, other=0).to(tl.int32)
+    pairs = group * (GROUP_SIZE // 2) + pair
+    pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
+    packed = tl.load(codes_ptr + pairs * codes_stride, mask=pair_mask, other=0).to(tl.int32)
     code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
-    level = tile_level(code, KIND, LEVELS_BY_CODE)
+    level = tile_level(code, table_ptr, KIND, LEVELS)
     if PER_TENSOR:
         group = tl.zeros_like(group)
     is_group = group * GROUP_SIZE < n
@@ -257,6 +263,7 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
             w,
             *layout,
             recipe.fit_tensor(w),
+            recipe.kernel_table(w.device),
             n,
             LEVELS=recipe.levels,
             **constants,
@@ -284,8 +291,10 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
             w,
             *layout,
             of_tensor,
+            recipe.kernel_table(w.device),
             n,
-            CODES=recipe.codes,
+            codes.numel(),
+            CODES=recipe.column("codes"),
             N_PARAMS=recipe.n_params,
             PAD_CODE=recipe.pad_code,
             **constants,
@@ -316,10 +325,12 @@ def _dequantize_triton(
             scales,
             scales.stride(0),
             scales.stride(1) if scales.dim() == 2 else None,
+            recipe.kernel_table(codes.device),
             w_q.numel(),
+            codes.numel(),
             KIND=recipe.kind,
             N_PARAMS=recipe.n_params,
-            LEVELS_BY_CODE=tuple(recipe.levels[recipe.codes.index(code)] for code in range(16)),
+            LEVELS=recipe.levels,
             **constants,
             **options,
         )

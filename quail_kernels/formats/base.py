@@ -75,6 +75,14 @@ class Format:
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()
 
+    def kernel_table(self, device: torch.device) -> torch.Tensor | None:
+        """What the tile functions look up in memory; ``column`` says where in it."""
+        return None
+
+    def column(self, name: str) -> int | None:
+        """Where the tuple of that name stands in ``kernel_table``; None where rank and entry are the same."""
+        return None
+
     def kernel_constants(self, dtype: torch.dtype) -> dict:
         return {
             "KIND": self.kind,

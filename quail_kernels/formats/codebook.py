@@ -23,6 +23,14 @@ from .._triton import tl, triton
 from .base import Format, table
 
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against 1 / 0: an fp32 subnormal, so no kernel may flush those
+# A kernel rounds 15.25 p + 16: 32 cells from -1 to 1, one word each of a cache line, so that a warp's look-ups are one
+# access. 1.5 * 2^23 + 16 leaves the cell in the low bits of the sum.
+_KERNEL_CELLS = 32
+_CELL_SCALE = 15.25
+_KERNEL_CELL_SCALE = tl.constexpr(_CELL_SCALE)
+_CELL_ORIGIN = tl.constexpr(12582912.0 + 16.0)
+_COLUMNS = {"levels": 64, "widths": 80, "codes": 96, "buckets": 112, "levels_by_code": 128}
+_LEVELS, _WIDTHS, _LEVELS_BY_CODE = (tl.constexpr(_COLUMNS[name]) for name in ("levels", "widths", "levels_by_code"))
 _CELLS = 1365  # found by trying odd numbers: FP4 has a threshold at 0, and none may lie near an edge
 
 
@@ -102,6 +110,33 @@ class Codebook(Levels):
 
     kind = "codebook"
 
+    @functools.cached_property
+    def _kernel_cells(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+        """(thresholds that every position is compared with, by cell one more, by cell the rank without them).
+
+        A cell without a threshold has infinity; the last has -infinity and a rank less, so that NaN, which is above
+        none of the others, is above that and in the top bucket.
+        """
+        at = [threshold * _CELL_SCALE + _KERNEL_CELLS / 2 for threshold in self.thresholds]
+        cells = [round(place) for place in at]
+        if any(abs(place % 1 - 0.5) < 0.001 for place in at) or cells[-1] == _KERNEL_CELLS - 1:
+            raise ValueError(f"{self.name}: expected thresholds apart from the edges of the cells")
+        always = tuple(t for i, t in enumerate(self.thresholds) if cells[i] in cells[:i])
+        own = dict(zip(reversed(cells), reversed(self.thresholds), strict=True)) | {_KERNEL_CELLS - 1: float("-inf")}
+        single = [cell for cell, threshold in zip(cells, self.thresholds, strict=True) if threshold not in always]
+        below = [sum(other < cell for other in single) for cell in range(_KERNEL_CELLS)]
+        below[-1] -= 1
+        return always, tuple(own.get(cell, float("inf")) for cell in range(_KERNEL_CELLS)), tuple(below)
+
+    def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
+        return self._kernel_cells[0]
+
+    def kernel_table(self, device: torch.device) -> torch.Tensor:
+        return _kernel_table(self, device)
+
+    def column(self, name: str) -> int | None:
+        return None if getattr(self, name) == tuple(range(16)) else _COLUMNS[name]
+
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         absmax = x.abs().amax(dim=1).float()
         return absmax.clamp(min=_SMALLEST_ABSMAX) if short else absmax
@@ -116,6 +151,18 @@ class Codebook(Levels):
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return table(self.widths, params)[rank] * params[:, None]
+
+
+@functools.cache
+def _kernel_table(recipe: Codebook, device: torch.device) -> torch.Tensor:
+    """int32 [144]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
+    _, own, below = recipe._kernel_cells
+
+    def bits(numbers):
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
+
+    words = [*bits(own), *below, *bits(recipe.levels), *bits(recipe.widths), *recipe.codes, *recipe.buckets]
+    return torch.tensor(words + bits(recipe.levels_by_code), dtype=torch.int32).to(device)
 
 
 _SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -136,13 +183,43 @@ RECIPES = (
 
 @triton.jit
 def codebook_fit(absmax, short):
-    return tl.where(short & (absmax < 1e-38), 1e-38, absmax)
+    # A number below fp32's normal range would make the comparison one of fp64.
+    smallest = tl.full(absmax.shape, 1e-38, tl.float32)
+    return tl.where(short & (absmax < smallest), smallest, absmax)
 
 
 @triton.jit
 def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr):
-    absmax = tl.where(absmax < 1e-38, 1e-38, absmax)
+    smallest = tl.full(absmax.shape, 1e-38, tl.float32)
+    absmax = tl.where(absmax < smallest, smallest, absmax)
     pos = x * tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
     if HAS_SHORT:
         pos = tl.where(short, tl.div_rn(x, tl.broadcast_to(absmax, x.shape)), pos)
     return pos
+
+
+@triton.jit
+def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
+    """The number of thresholds below pos; NaN is above all, as torch.bucketize has it."""
+    inside = tl.maximum(tl.where(pos <= 1.0, pos, 1.0), -1.0)
+    cell = (inside * _KERNEL_CELL_SCALE + _CELL_ORIGIN).to(tl.int32, bitcast=True) & 31
+    own = tl.load(table_ptr + cell).to(tl.float32, bitcast=True)
+    rank = tl.load(table_ptr + 32 + cell) + tl.where(pos <= own, 0, 1)
+    for i in tl.static_range(len(ALWAYS)):
+        rank += tl.where(pos <= ALWAYS[i], 0, 1)
+    return rank
+
+
+@triton.jit
+def codebook_level(rank, table_ptr):
+    return tl.load(table_ptr + _LEVELS + rank).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def codebook_width(rank, table_ptr):
+    return tl.load(table_ptr + _WIDTHS + rank).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def codebook_level_of_code(code, table_ptr):
+    return tl.load(table_ptr + _LEVELS_BY_CODE + code).to(tl.float32, bitcast=True)

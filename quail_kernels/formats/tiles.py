@@ -15,7 +15,14 @@ import torch
 
 from .._triton import abs_bits, tl, triton
 from .base import Format
-from .codebook import codebook_fit, codebook_position
+from .codebook import (
+    codebook_fit,
+    codebook_level,
+    codebook_level_of_code,
+    codebook_position,
+    codebook_rank,
+    codebook_width,
+)
 from .gguf import gguf_position, gguf_rank, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
     minmax_fit,
@@ -192,15 +199,6 @@ def tile_position(x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.cons
 
 
 @triton.jit
-def _look_up(pos, THRESHOLDS: tl.constexpr, TABLE: tl.constexpr, dtype: tl.constexpr):
-    """TABLE by the number of thresholds below pos; NaN is above all, as torch.bucketize has it."""
-    entry = tl.full(pos.shape, TABLE[0], dtype)
-    for i in tl.static_range(len(THRESHOLDS)):
-        entry = tl.where(pos <= THRESHOLDS[i], entry, tl.full(pos.shape, TABLE[i + 1], dtype))
-    return entry
-
-
-@triton.jit
 def _uniform_rank(pos, KIND: tl.constexpr):
     """The bucket of a uniform recipe as fp32, 0 to 15."""
     if KIND == "symmetric":
@@ -218,36 +216,41 @@ def _uniform_rank(pos, KIND: tl.constexpr):
 
 
 @triton.jit
-def tile_entry(pos, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, TABLE: tl.constexpr):
-    """The int32 that TABLE gives by rank; in a uniform recipe that is the rank itself, in E2M1 the code."""
+def tile_entry(pos, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, COLUMN: tl.constexpr):
+    """The int32 that stands in that column by rank, where it is None the rank itself; in E2M1 the code."""
     if THRESHOLDS is None:
         number = e2m1_code(pos)
     elif len(THRESHOLDS):
-        number = _look_up(pos, THRESHOLDS, TABLE, tl.int32)
+        number = codebook_rank(pos, table_ptr, RULE)
+        if COLUMN is not None:
+            number = tl.load(table_ptr + COLUMN + number)
     else:
         number = _uniform_rank(pos, KIND).to(tl.int32)
     return number
 
 
 @triton.jit
-def tile_bucket(pos, scale, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, BUCKETS: tl.constexpr):
+def tile_bucket(
+    pos, scale, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, BUCKETS: tl.constexpr
+):
     """The bucket's place on the number line."""
     if THRESHOLDS is None:
         bucket = e2m1_bucket(pos)
     else:
-        bucket = tile_entry(pos, KIND, THRESHOLDS, BUCKETS)
+        bucket = tile_entry(pos, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
     return tl.where(scale < 0, 16 - bucket, bucket) if KIND == "q4_0" else bucket
 
 
 @triton.jit
-def tile_level(code, KIND: tl.constexpr, LEVELS_BY_CODE: tl.constexpr):
-    """The level that an int32 code stands for."""
+def tile_level(code, table_ptr, KIND: tl.constexpr, LEVELS: tl.constexpr):
+    """The level that an int32 code stands for, in fp32."""
     if KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf" or KIND == "nvfp4":
         level = e2m1_level(code)
+    elif KIND == "codebook":
+        level = codebook_level_of_code(code, table_ptr)
     else:
-        level = tl.full(code.shape, LEVELS_BY_CODE[0], tl.float32)
-        for i in tl.static_range(1, 16):
-            level = tl.where(code == i, tl.full(code.shape, LEVELS_BY_CODE[i], tl.float32), level)
+        # 2^23 + code, by its bits: converting an integer takes four times as long.
+        level = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - LEVELS[0])
     return level
 
 
@@ -271,25 +274,29 @@ def tile_scaled(level, scale, aux, KIND: tl.constexpr):
 
 
 @triton.jit
-def tile_value(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
+def tile_value(
+    pos, scale, aux, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr
+):
     """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
     if THRESHOLDS is None:
         level = pos
     elif len(THRESHOLDS):
-        level = _look_up(pos, THRESHOLDS, LEVELS, tl.float32)
+        level = codebook_level(codebook_rank(pos, table_ptr, RULE), table_ptr)
     else:
         level = _uniform_rank(pos, KIND) + LEVELS[0]
     return tile_scaled(level, scale, aux, KIND)
 
 
 @triton.jit
-def tile_step(pos, scale, aux, KIND: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr):
+def tile_step(
+    pos, scale, aux, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr
+):
     """The width of the bucket that the weight lies in."""
     if THRESHOLDS is None:
         unit = aux * scale if KIND == "nvfp4" else mx_unit(scale, KIND)
         width = e2m1_width(pos, WIDTHS) * unit
     elif len(THRESHOLDS):
-        width = _look_up(pos, THRESHOLDS, WIDTHS, tl.float32) * scale
+        width = codebook_width(codebook_rank(pos, table_ptr, RULE), table_ptr) * scale
     else:
         width = tl.broadcast_to(tl.abs(scale) if KIND == "q4_0" else scale, pos.shape)
     return width

@@ -6,9 +6,9 @@
 
 ``registers`` and ``bits`` (the narrowest access in bulk) stand for each of TARGETS in turn. ``instructions`` are those
 that a thread issues for one element on sm_90, and ``bound`` says what that means on an H100 SXM. Its data sheet gives
-132 multiprocessors and 3.35 TB/s. Each issues 4 warp instructions a cycle. At 1.755 GHz (what its PCIe sibling's 51.2
-TFLOPS / (114 multiprocessors x 128 lanes x 2) come from; 1.98 GHz, from its own 66.9 TFLOPS, would allow 13 % more) that
-makes
+132 multiprocessors and 3.35 TB/s. Each issues 4 warp instructions a cycle. At 1.755 GHz (51.2 TFLOPS / (114
+multiprocessors x 128 lanes x 2) of the card for PCIe; 1.98 GHz, from this one's 66.9 TFLOPS, would allow 13 % more)
+that makes
 
     132 * 4 * 32 * 1.755e9 / 3.35e12 = 8.85 instructions of a thread for a byte moved.
 

@@ -26,7 +26,7 @@ class Case:
         module, kernel: where the kernel stands.
         call: the launcher's call, on CPU tensors.
         elements: how many elements a program is for, by the arguments of the launch.
-        loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk: a share of an element or more.
+        loads, stores: {pointer: bytes an element}, of the tensors that are moved in bulk.
         lanes: how many elements its tile has room for; more than ``elements`` where a group is padded.
         passes: how often the loads are done.
         decides_codes: whether the arithmetic has to be PyTorch's to the bit.

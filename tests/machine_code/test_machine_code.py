@@ -1,6 +1,6 @@
 """Every kernel's machine code keeps the rules and its budget; budgets.py says which, and how to write them anew.
 
-By default for sm_90 and gfx942, which takes a quarter of the time; with QUAIL_ALL_TARGETS=1 for every target, as CI does.
+By default for sm_90 and gfx942; with QUAIL_ALL_TARGETS=1 for every target, which takes twice as long, as CI does.
 Under another triton than the one that the budgets were written with, sm_90 is compiled and held to the rules only: no
 spills, wide accesses, exact arithmetic, enough resident warps. Such a triton needs no environment of its own:
 
