@@ -196,7 +196,8 @@ class MinMax(Format):
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         low, high = torch.aminmax(x, dim=1)
-        low, high = low.float(), high.float()
+        # Which of 0 and -0 is found depends on the order of the search: the sum is 0 for both.
+        low, high = low.float() + 0, high.float()
         return torch.stack([(high - low) / 16, low], dim=1)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
@@ -311,7 +312,7 @@ def zero_point_value(level, scale, zero_point, FP16: tl.constexpr):
 def minmax_fit(x, mask, absmax):
     low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
     high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
-    low = tl.where(absmax == absmax, low, absmax)
+    low = tl.where(absmax == absmax, low, absmax) + 0.0
     return (high - low) * 0.0625, low
 
 
