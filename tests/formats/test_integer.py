@@ -226,6 +226,7 @@ def codes_elsewhere(w, format, other):
 
 
 README = Path(quail_kernels.formats.__file__).with_name("README.md").read_text()
+README = README.partition("## Integer recipes")[2].partition("\n## ")[0]
 RATE = re.compile(r"^\| `([\w-]+)` \| ([^|]+?) \| (fp32|bf16|fp16) \| ([\d,]+) \| ([\d,.]+) \|", re.MULTILINE)
 NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
