@@ -46,6 +46,8 @@ from .formats.tiles import (
 
 _TILE = 1024
 _BINS = 16
+_PROGRAMS = 1024
+_STEPS = 8
 _COUNTS = ("same_value", "below_half_step", "on_grid", "zero_groups")  # then the bins of code_distance
 
 
@@ -214,6 +216,7 @@ def _bucket_compare_fwd_kernel(
     of_after_ptr,
     table_ptr,
     n,
+    n_steps,
     KIND: tl.constexpr,
     RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
@@ -230,86 +233,109 @@ def _bucket_compare_fwd_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of a
-    thousand pairs or more, and 4 a group with PER_GROUP."""
+    """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of
+    ``n_steps`` tiles of a thousand pairs or more, and 4 a group with PER_GROUP.
+
+    In bf16 for sm_90, Triton 3.7: about 100 instructions a pair, where an H100 has time for 35: what bounds it is
+    arithmetic. tests/machine_code/budgets.json has the figure of each recipe.
+    """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
-    short = (group + 1) * GROUP_SIZE > n
-    addresses = tile_addresses(
-        group,
-        offsets,
-        before_stride_0,
-        before_stride_1,
-        before_stride_2,
-        before_size_1,
-        before_size_2,
-        IN_ROWS,
-        GROUP_SIZE,
-        BLOCK_SIZE,
-    )
-    x = tl.load(before_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
-    addresses = tile_addresses(
-        group,
-        offsets,
-        after_stride_0,
-        after_stride_1,
-        after_stride_2,
-        after_size_1,
-        after_size_2,
-        IN_ROWS,
-        GROUP_SIZE,
-        BLOCK_SIZE,
-    )
-    y = tl.load(after_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
-    if PER_TENSOR:
-        scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
-        y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
-    else:
-        of_before = tl.load(of_before_ptr) if NEEDS_TENSOR else 0.0
-        scale, aux = tile_fit(x, mask, short, of_before, dtype, KIND, RULE)
-        if SHARED_SCALES:
-            y_scale, y_aux = scale, aux
+    # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
+    # and then over tiles, in fields just wide enough: of four bits for the distances, then of eight. Only what is left
+    # after the last tile goes across threads, four fields to a sum.
+    EIGHTS: tl.constexpr = BLOCK_GROUPS * BLOCK_SIZE // 8
+    flags = tl.zeros([EIGHTS], tl.int32)
+    even_distances = tl.zeros([EIGHTS], tl.int64)
+    odd_distances = tl.zeros([EIGHTS], tl.int64)
+    sum_change = tl.zeros([EIGHTS], tl.float32)
+    sum_flip = tl.zeros([EIGHTS], tl.float32)
+    top = tl.zeros([EIGHTS], tl.int32)
+    for step_of_program in range(n_steps):
+        tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
+        group, offsets, mask = tile_offsets(tile, n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+        short = (group + 1) * GROUP_SIZE > n
+        addresses = tile_addresses(
+            group,
+            offsets,
+            before_stride_0,
+            before_stride_1,
+            before_stride_2,
+            before_size_1,
+            before_size_2,
+            IN_ROWS,
+            GROUP_SIZE,
+            BLOCK_SIZE,
+        )
+        x = tl.load(before_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+        addresses = tile_addresses(
+            group,
+            offsets,
+            after_stride_0,
+            after_stride_1,
+            after_stride_2,
+            after_size_1,
+            after_size_2,
+            IN_ROWS,
+            GROUP_SIZE,
+            BLOCK_SIZE,
+        )
+        y = tl.load(after_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+        if PER_TENSOR:
+            scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
+            y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
         else:
-            of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
-            y_scale, y_aux = tile_fit(y, mask, short, of_after, dtype, KIND, RULE)
-    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
-    y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
+            of_before = tl.load(of_before_ptr) if NEEDS_TENSOR else 0.0
+            scale, aux = tile_fit(x, mask, short, of_before, dtype, KIND, RULE)
+            if SHARED_SCALES:
+                y_scale, y_aux = scale, aux
+            else:
+                of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
+                y_scale, y_aux = tile_fit(y, mask, short, of_after, dtype, KIND, RULE)
+        pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
+        y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
 
-    bucket = tile_bucket(pos, scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-    y_bucket = tile_bucket(y_pos, y_scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-    distance = tl.minimum(tl.abs(y_bucket - bucket), 15)
-    value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-    y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-    step = tile_step(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS)
-    change = tl.abs(y - x)
-    ratio = tl.div_rn(change, step)
-    flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
+        bucket = tile_bucket(pos, scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
+        y_bucket = tile_bucket(y_pos, y_scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
+        distance = tl.minimum(tl.abs(y_bucket - bucket), 15)
+        value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+        y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+        step = tile_step(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS)
+        change = tl.abs(y - x)
+        ratio = tl.div_rn(change, step)
+        flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
 
-    # Reductions are what this kernel would wait for: counters of 16 bits share an int64, four to a reduction.
-    tl.static_assert(BLOCK_GROUPS * BLOCK_SIZE < 65536)
-    one = mask.to(tl.int64)
-    row_is_zero = tl.max(abs_bits(x) | abs_bits(y), axis=1, keep_dims=True) == 0
-    flags = tl.where(value == y_value, one, 0)
-    flags += tl.where((change < step * 0.5) | (change == 0), one << 16, 0)
-    flags += tl.where(value == x, one << 32, 0)
-    flags += tl.where(row_is_zero & (tl.arange(0, BLOCK_SIZE)[None, :] == 0), one << 48, 0)
-    packed = tl.sum(tl.sum(flags, axis=1), axis=0)
+        row_top = tl.max(abs_bits(x), axis=1, keep_dims=True) | tl.max(abs_bits(y), axis=1, keep_dims=True)
+        here = tl.where(value == y_value, 1, 0)
+        here += tl.where((change < step * 0.5) | (change == 0), 1 << 8, 0)
+        here += tl.where(value == x, 1 << 16, 0)
+        here += tl.where((row_top == 0) & (tl.arange(0, BLOCK_SIZE)[None, :] == 0), 1 << 24, 0)
+        flags += tl.sum(tl.where(mask, here, 0).reshape(EIGHTS, 8), axis=1)
+        here = tl.where(mask, tl.full(mask.shape, 1, tl.int64) << (4 * distance).to(tl.int64), 0)
+        here = tl.sum(here.reshape(EIGHTS, 8), axis=1)
+        even_distances += here & 0x0F0F0F0F0F0F0F0F
+        odd_distances += (here >> 4) & 0x0F0F0F0F0F0F0F0F
+        sum_change += tl.sum(tl.where(mask, change, 0.0).reshape(EIGHTS, 8), axis=1)
+        sum_flip += tl.sum(tl.where(mask, flip, 0.0).reshape(EIGHTS, 8), axis=1)
+        top = tl.maximum(top, tl.max(tl.where(mask, abs_bits(change), 0).reshape(EIGHTS, 8), axis=1))
+        if PER_GROUP:
+            same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=1, keep_dims=True)
+            tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
+
     counts_ptr += tl.program_id(0).to(tl.int64) * 20
+    low = (flags & 0xFF) | ((flags & 0xFF00) << 8)
+    high = ((flags >> 16) & 0xFF) | ((flags >> 8) & 0xFF0000)
+    packed = tl.sum(low.to(tl.int64) | (high.to(tl.int64) << 32), axis=0)
     for i in tl.static_range(4):
         tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
     for part in tl.static_range(4):
-        here = tl.where(distance // 4 == part, one << (16 * (distance % 4)).to(tl.int64), 0)
-        packed = tl.sum(tl.sum(here, axis=1), axis=0)
+        distances = odd_distances if part % 2 else even_distances
+        packed = tl.sum((distances >> (4 * (part - part % 2))) & 0x00FF00FF00FF00FF, axis=0)
         for i in tl.static_range(4):
-            tl.store(counts_ptr + 4 + 4 * part + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
-    if PER_GROUP:
-        same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=1, keep_dims=True)
-        tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
+            tl.store(counts_ptr + 4 + part + 4 * i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
     sums_ptr += tl.program_id(0).to(tl.int64) * 3
-    tl.store(sums_ptr, tl.sum(tl.sum(tl.where(mask, change, 0.0), axis=1), axis=0))
-    tl.store(sums_ptr + 1, tl.sum(tl.sum(tl.where(mask, flip, 0.0), axis=1), axis=0))
-    top = tl.max(tl.max(tl.where(mask, abs_bits(change), 0), axis=1), axis=0)
-    tl.store(sums_ptr + 2, top.to(tl.float32, bitcast=True))
+    tl.store(sums_ptr, tl.sum(sum_change, axis=0))
+    tl.store(sums_ptr + 1, tl.sum(sum_flip, axis=0))
+    tl.store(sums_ptr + 2, tl.max(top, axis=0).to(tl.float32, bitcast=True))
 
 
 def _bucket_compare_triton(
@@ -327,7 +353,11 @@ def _bucket_compare_triton(
     after, after_layout = strided(after)
     constants = recipe.kernel_constants(before.dtype) | tile_constants(recipe, n, tile, layout, after_layout)
     rows = -(-n // constants["GROUP_SIZE"])
-    programs = -(-rows // constants["BLOCK_GROUPS"])
+    tiles = -(-rows // constants["BLOCK_GROUPS"])
+    # Enough programs for every multiprocessor to hold several; beyond that, tiles share the reductions of one.
+    in_a_tile = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"]
+    steps = min(max(tiles // _PROGRAMS, 1), _STEPS, 65535 // in_a_tile)
+    programs = -(-tiles // steps)
     counts = torch.empty(programs, len(_COUNTS) + _BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     row_same = torch.empty(rows if per_group else 0, dtype=torch.int32, device=device)
@@ -345,6 +375,7 @@ def _bucket_compare_triton(
             of_before if shared_scales else recipe.fit_tensor(after),
             recipe.kernel_table(device),
             n,
+            steps,
             LEVELS=recipe.levels,
             BUCKETS=recipe.column("buckets"),
             WIDTHS=recipe.widths,

@@ -116,7 +116,7 @@ def _fake_quant_fwd_kernel(
 ):
     """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         group,
@@ -172,7 +172,7 @@ def _quantize_fwd_kernel(
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
     weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         group,
@@ -227,7 +227,7 @@ def _dequantize_fwd_kernel(
 ):
     """Reads half a byte a weight and the parameters of its group, and writes the weight: in bf16 2.5 bytes a weight,
     and what ``_quantize_fwd_kernel`` writes a group."""
-    group, offsets, mask = tile_offsets(n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)

@@ -105,9 +105,9 @@ def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
 
 
 @triton.jit
-def tile_offsets(n, GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(group numbers [BLOCK_GROUPS, 1], offsets of their weights and mask [BLOCK_GROUPS, BLOCK_SIZE])."""
-    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
+def tile_offsets(tile, n, GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(group numbers [BLOCK_GROUPS, 1], offsets of their weights and mask [BLOCK_GROUPS, BLOCK_SIZE]); int64."""
+    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     offsets = group * GROUP_SIZE + column
     return group, offsets, (column < GROUP_SIZE) & (offsets < n)

@@ -159,6 +159,17 @@ def test_bucket_compare(format, dtype, shared):
         assert_same_comparison(before, after, recipe, shared)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "before"])
+@FORMATS
+def test_bucket_compare_of_several_tiles_a_program(format, shared, monkeypatch):
+    monkeypatch.setattr(bucket_compare, "_PROGRAMS", 1)
+    recipe = get_format(format)
+    # Five tiles: the second program's last has no weights.
+    before = weights((100, 768), torch.bfloat16, recipe.group_size)
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(1)) * 2e-3
+    assert_same_comparison(before, (before.float() + noise).bfloat16(), recipe, shared)
+
+
 def test_bucket_compare_twice_gives_the_same_bits():
     before, after = torch.randn(2, 64, 768).unbind()
     runs = [bucket_compare._bucket_compare_triton(before, after, get_format("bnb-nf4"), False, True) for _ in range(2)]

@@ -51,7 +51,7 @@ class Case:
 
 
 def _weights_of_program(arguments: dict) -> int:
-    return arguments["BLOCK_GROUPS"] * arguments["GROUP_SIZE"]
+    return arguments["BLOCK_GROUPS"] * arguments["GROUP_SIZE"] * arguments.get("n_steps", 1)
 
 
 def _lanes_of_program(arguments: dict) -> int:
@@ -65,8 +65,7 @@ def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
         for name, dtype in DTYPES.items():
             yield format, name, "", torch.zeros(96, 4096 + -4096 % size, dtype=dtype), ""
     nf4 = get_format("bnb-nf4").group_size
-    for name, dtype in DTYPES.items():
-        yield "bnb-nf4", name, " short", torch.zeros(nf4 * 40 + 16, dtype=dtype), ""
+    yield "bnb-nf4", "bf16", " short", torch.zeros(nf4 * 40 + 16, dtype=torch.bfloat16), ""
     yield "bnb-nf4", "bf16", " odd", torch.zeros(nf4 * 40 + 7, dtype=torch.bfloat16), "each weight has its own mask"
 
 
@@ -105,13 +104,16 @@ def weight_cases() -> Iterator[Case]:
             stores={"w_q_ptr": size},
             **common,
         )
-        for scales in ("own", "before"):
+        # A program walks several tiles where the weights are many, as those of a model are.
+        many = (4096, w.shape[-1]) if w.dim() == 2 else w.shape
+        variants = [("own", False, False), ("before", True, False), ("own groups", False, True)]
+        for variant, shared, per_group in variants if dtype == "bf16" else variants[:1]:
             yield Case(
-                f"bucket_compare {name} {scales}",
+                f"bucket_compare {name} {variant}",
                 "bucket_compare",
                 "_bucket_compare_fwd_kernel",
-                lambda w=w, r=recipe, shared=scales == "before": bucket_compare._bucket_compare_triton(
-                    w, w, r, shared, True
+                lambda w=w, r=recipe, shape=many, shared=shared, per_group=per_group: (
+                    bucket_compare._bucket_compare_triton(*2 * [w.new_zeros(shape)], r, shared, per_group)
                 ),
                 loads={"before_ptr": size, "after_ptr": size},
                 stores={},
