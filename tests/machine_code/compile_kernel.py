@@ -227,7 +227,11 @@ def _pointers(launch: Launch) -> list[str | None]:
 
 
 def _origin(name: str, sources: dict[str, set[str]], arguments: dict[str, str]) -> str:
-    """The one pointer argument that the address in that register or value is reckoned from."""
+    """The one pointer argument that the address in that register or value is reckoned from.
+
+    Triton 3.6 takes the addresses of a table's entries through shared memory: those are ``"shared memory"``. An
+    argument that has to be accessed in bulk is then missed where it is looked for, and so is no fault hidden.
+    """
     seen, todo = set(), [name]
     while todo:
         name = todo.pop()
@@ -235,6 +239,8 @@ def _origin(name: str, sources: dict[str, set[str]], arguments: dict[str, str]) 
             seen.add(name)
             todo += sources.get(name, ())
     found = {arguments[name] for name in seen if name in arguments}
+    if not found:
+        return "shared memory"
     if len(found) != 1:
         raise ValueError(f"address {name}: expected to find one pointer argument; got {sorted(found)}")
     return found.pop()
