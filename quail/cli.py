@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quiet() -> None:
     """Our own bars and errors only: loading a dozen checkpoints would draw a dozen more."""
+    # transformers imports torchao where it is installed, which tells of its GPU libraries and of its own enums.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

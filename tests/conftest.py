@@ -5,6 +5,8 @@ import os
 # OpenMP reads it when torch is imported: on few cores, threads that spin while they wait starve the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What torch.compile keeps on disk does not know that an op's outputs have changed since.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import torch  # noqa: E402 - after the environment
 
