@@ -409,26 +409,12 @@ def _bucket_compare_op(
 
 
 @_bucket_compare_op.register_kernel("cuda")
-def _(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    group_size: int | None,
-    format: str,
-    shared_scales: bool,
-    per_group: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _bucket_compare_triton(before, after, get_format(format, group_size), shared_scales, per_group)
+def _(before, after, group_size, format, *args):
+    return _bucket_compare_triton(before, after, get_format(format, group_size), *args)
 
 
 @_bucket_compare_op.register_fake
-def _(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    group_size: int | None,
-    format: str,
-    shared_scales: bool,
-    per_group: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(before, after, group_size, format, shared_scales, per_group):
     groups = get_format(format, group_size).groups(before.numel()) if per_group else 0
     counts = before.new_empty(len(_COUNTS) + _BINS, dtype=torch.int64)
     return (

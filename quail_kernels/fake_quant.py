@@ -345,12 +345,12 @@ def _fake_quant_op(w: torch.Tensor, group_size: int | None, format: str) -> torc
 
 
 @_fake_quant_op.register_kernel("cuda")
-def _(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
+def _(w, group_size, format):
     return _fake_quant_triton(w, get_format(format, group_size))
 
 
 @_fake_quant_op.register_fake
-def _(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
+def _(w, *_):
     return w.new_empty(w.shape)
 
 
@@ -363,12 +363,12 @@ def _quantize_op(w: torch.Tensor, group_size: int | None, format: str) -> tuple[
 
 
 @_quantize_op.register_kernel("cuda")
-def _(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w, group_size, format):
     return _quantize_triton(w, get_format(format, group_size))
 
 
 @_quantize_op.register_fake
-def _(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _(w, group_size, format):
     recipe = get_format(format, group_size)
     codes = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
     return codes, w.new_empty(recipe.params_shape(w.numel()), dtype=recipe.params_dtype(w.dtype))
@@ -387,26 +387,12 @@ def _dequantize_op(
 
 
 @_dequantize_op.register_kernel("cuda")
-def _(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int | None,
-    format: str,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _(codes, scales, group_size, format, shape, dtype):
     return _dequantize_triton(codes, scales, get_format(format, group_size), shape, dtype)
 
 
 @_dequantize_op.register_fake
-def _(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int | None,
-    format: str,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _(codes, scales, group_size, format, shape, dtype):
     return codes.new_empty(shape, dtype=dtype)
 
 

@@ -500,43 +500,12 @@ def _linear_margin_hinge_op(
 
 
 @_linear_margin_hinge_op.register_kernel("cuda")
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    heads = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    return _forward(_TRITON, *heads, labels, margin, norm, space, ignore_index, logit_scale, softcap, chunk_tokens)
+def _(*args):
+    return _forward(_TRITON, *args)
 
 
 @_linear_margin_hinge_op.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, *_):
     n, dtype = labels.shape[0], _arithmetic_dtype(hidden, ref_hidden)
     hinge, log_prob, ref_log_prob, lse = (hidden.new_empty(n, dtype=dtype) for _ in range(4))
     active, stats = hidden.new_empty(n, dtype=torch.int32), hidden.new_empty(n, _STATS, dtype=dtype)
@@ -593,55 +562,13 @@ def _linear_margin_hinge_backward_op(
 
 
 @_linear_margin_hinge_backward_op.register_kernel("cuda")
-def _(
-    grad_hinge: torch.Tensor | None,
-    grad_log_prob: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    stats: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_tokens: int,
-    needed: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = (margin, norm, space, ignore_index, logit_scale, softcap, chunk_tokens, needed)
-    grads, heads = (grad_hinge, grad_log_prob), (weight, bias, ref_hidden, ref_weight, ref_bias)
-    return _backward_of_tiles(_TRITON, *grads, hidden, *heads, labels, lse, stats, *options)
+def _(*args):
+    return _backward_of_tiles(_TRITON, *args)
 
 
 @_linear_margin_hinge_backward_op.register_fake
-def _(
-    grad_hinge: torch.Tensor | None,
-    grad_log_prob: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    stats: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_tokens: int,
-    needed: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    need_hidden, need_weight, need_bias = needed
+def _(grad_hinge, grad_log_prob, hidden, weight, *args):
+    need_hidden, need_weight, need_bias = args[-1]
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
     return grad_hidden, grad_weight, weight.new_empty(weight.shape[0] if need_bias else 0)

@@ -642,30 +642,12 @@ def _margin_hinge_op(
 
 
 @_margin_hinge_op.register_kernel("cuda")
-def _(
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-    inplace_backward: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _margin_hinge_fwd_triton(logits, ref_logits, labels, margin, norm, space, ignore_index)
+def _(*args):
+    return _margin_hinge_fwd_triton(*args[:-1])  # inplace_backward is for autograd
 
 
 @_margin_hinge_op.register_fake
-def _(
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-    inplace_backward: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(logits, ref_logits, *_):
     n = math.prod(logits.shape[:-1])  # numel() would be the example's, where a dimension is symbolic
     dtype = torch.promote_types(torch.promote_types(logits.dtype, ref_logits.dtype), torch.float32)
     active = logits.new_empty(n, dtype=torch.int32)
@@ -690,34 +672,14 @@ def _margin_hinge_backward_op(
 
 
 @_margin_hinge_backward_op.register_kernel("cuda")
-def _(
-    grad_hinge: torch.Tensor,
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    stats: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-) -> torch.Tensor:
+def _(grad_hinge, logits, *args):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _margin_hinge_bwd_triton(out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
+    _margin_hinge_bwd_triton(out, grad_hinge, logits, *args)
     return out
 
 
 @_margin_hinge_backward_op.register_fake
-def _(
-    grad_hinge: torch.Tensor,
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    stats: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-) -> torch.Tensor:
+def _(grad_hinge, logits, *_):
     return logits.new_empty(logits.shape)
 
 
@@ -737,32 +699,12 @@ def _margin_hinge_backward_inplace_op(
 
 
 @_margin_hinge_backward_inplace_op.register_kernel("cuda")
-def _(
-    grad_hinge: torch.Tensor,
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    stats: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-) -> None:
-    _margin_hinge_bwd_triton(logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
+def _(grad_hinge, logits, *args):
+    _margin_hinge_bwd_triton(logits, grad_hinge, logits, *args)
 
 
 @_margin_hinge_backward_inplace_op.register_fake
-def _(
-    grad_hinge: torch.Tensor,
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    labels: torch.Tensor | None,
-    stats: torch.Tensor,
-    margin: float,
-    norm: str,
-    space: str,
-    ignore_index: int,
-) -> None:
+def _(*_):
     return None
 
 

@@ -62,12 +62,9 @@ _E2M1 = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
 class E2M1(Levels):
     """Positions rounded to E2M1: the buckets, whatever gives the scale.
 
-    The reference looks a position up among thresholds, the kernels round it arithmetically.
+    The reference looks a position up among thresholds, the kernels round it arithmetically. A subclass has
+    ``unit(params)``, [groups], too: the difference of weights that is a difference of 1 in position.
     """
-
-    def unit(self, params: torch.Tensor) -> torch.Tensor:
-        """[groups], the difference of weights that is a difference of 1 in position."""
-        raise NotImplementedError
 
     @functools.cached_property
     def codes(self) -> tuple[int, ...]:

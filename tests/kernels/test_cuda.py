@@ -271,6 +271,9 @@ def test_hinge_errs_no_more_than_pytorch_does(dtype, norm, space, vocabulary):
 @pytest.mark.parametrize("vocabulary", [257] if DRY else [4096, 50257])
 def test_hinge_from_hidden_states_errs_no_more_than_pytorch_does(dtype, norm, space, vocabulary):
     states, heads = hidden_states(dtype, vocabulary, tokens=40)
+    # Rows that count as no token may hold anything.
+    ignored = states[2] == -100
+    states[0][ignored], states[1][ignored] = float("nan"), float("inf")
     # One hinge a token, below the margin in all: no branch hangs on the last bit. linf has its own in the gradient.
     options = {"norm": norm, "space": space, "reduction": "none", "chunk_tokens": 32, "margin": 1e3}
 
@@ -285,15 +288,40 @@ def test_hinge_from_hidden_states_errs_no_more_than_pytorch_does(dtype, norm, sp
         # Sums are taken in another order: twice PyTorch's error, and fp32 rounding where that has none.
         bound = 2 * (torchs - true).abs().max() + 1e-5 * true.abs().max()
         assert (mine - true).abs().max() <= bound
+    assert not got[0][ignored].any() and not got[1][ignored].any()
+    assert norm == "linf" or not got[2][ignored].any()
+
+
+def test_labels_outside_the_vocabulary():
+    """To refuse them would synchronise: on the device they make NaN."""
+    states, heads = hidden_states()
+    states[2][1, 1] = 257
+    if DRY:
+        with pytest.raises(ValueError, match="labels: expected 0 to 256"):
+            linear_hinge_step(*states, heads, margin=1.0)
+        return
+    moved, heads = on_device(*states), on_device(*heads)
+    hidden, ref_hidden, labels = moved
+    got = linear_logit_margin_hinge(hidden, heads[0], ref_hidden, heads[1], labels, margin=1.0, reduction="none")
+    for of_tokens in (got.loss, got.label_log_probs, got.ref_label_log_probs):
+        assert of_tokens[1, 1].isnan() and of_tokens[1, 2:].isfinite().all()
+
+
+def test_a_synchronisation_would_be_seen():
+    one = torch.ones(1, device=DEVICE)
+    seen = contextlib.nullcontext() if DRY else pytest.raises(RuntimeError, match="synchroniz")
+    with seen, no_synchronisation():
+        assert one.item() == 1
 
 
 @each_op
 def test_nothing_synchronises(function, tensors):
     moved = on_device(*tensors)
     moved = moved if isinstance(moved, tuple) else (moved,)
-    function(*moved)
+    expected = function(*moved)
     with no_synchronisation():
-        function(*moved)
+        got = function(*moved)
+    assert same(got, expected)
 
 
 @each_op

@@ -313,7 +313,7 @@ def _on_two_ranks(rank, store):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, compared = init_device_mesh("cpu", (2,)), 0
     for shape in ((6, 33), (5, 33), (4, 3, 33), (3, 4, 33)):
         z, ref, labels = rows(*shape)
         labels_or_none = (labels, None) if len(shape) == 2 or shape[0] % 2 == 0 else (None,)
@@ -336,13 +336,17 @@ def _on_two_ranks(rank, store):
                 assert torch.equal(sharded.grad.full_tensor(), whole.grad), case
                 loss = logit_margin_hinge(sharded, sharded_ref, sharded_y, margin=0.3).full_tensor()
                 torch.testing.assert_close(loss, logit_margin_hinge(whole, ref, y, margin=0.3))
+                compared += 1
+    store.with_name(f"compared-{rank}").write_text(str(compared))
     dist.barrier()
     os._exit(0)  # gloo sometimes aborts when it is torn down
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_tokens_sharded_over_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_on_two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+    torch.multiprocessing.spawn(_on_two_ranks, args=(tmp_path / "store",), nprocs=2)
+    # Three placements of four shapes, with and without labels, but for the batch of 3 that ranks do not divide.
+    assert [(tmp_path / f"compared-{rank}").read_text() for rank in range(2)] == ["21", "21"]
 
 
 @settings(max_examples=60, deadline=None)
