@@ -441,7 +441,7 @@ def bucket_compare(
         w_before, w_after: float32, bfloat16 or float16, of one shape, dtype and device. Cast to the dtype of
             the deployment first: fp32 master weights are not what it sees. Strides may differ, and are read in
             place up to three dimensions that do not merge.
-        format: a recipe of formats.py, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
+        format: a recipe of ``FORMATS``, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
         group_size: the group size, unless ``format`` says it; None takes the recipe's default.
         scales: ``"own"`` fits each tensor's scales, ``"before"`` uses those of w_before for both.
         per_group: also count the weights in the same bucket for each group.

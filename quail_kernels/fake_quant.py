@@ -11,7 +11,7 @@ weight of a group.
 
 fake_quant reads each weight once and writes it once. A recipe with one group for the whole tensor
 (``minmax-int4``) reads it once more before that, for its range. The arithmetic of each recipe stands in
-formats.py.
+formats/.
 """
 
 import math
@@ -404,7 +404,7 @@ def fake_quant(w: torch.Tensor, format: str, group_size: int | None = None) -> t
             flattening orders it, whatever its strides. It is read in place, 128 bits at a time where its innermost
             dimension is contiguous, aligned and whole groups long; a transposed one costs more than its bytes.
             Only a weight of more than three dimensions that do not merge is copied.
-        format: a recipe of formats.py, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
+        format: a recipe of ``FORMATS``, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
         group_size: the group size, unless ``format`` says it; None takes the recipe's default.
 
     Returns:
