@@ -1,4 +1,4 @@
-"""The command ``quail``. Exit code 0: done; 2: bad input, said in one line; 130: interrupted."""
+"""The command ``quail``. Exit code 0: done; 1: a gate failed; 2: bad input, said in one line; 130: interrupted."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_GATE_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DEFAULT_FORMATS = "bnb-nf4,bnb-fp4,ct-int4-sym,minmax-int4"
 
 
@@ -23,14 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _quiet()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"quail: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("quail: interrupted, nothing half-written was left", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
 
 
 def _quiet() -> None:
@@ -71,10 +70,22 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.set_defaults(run=_unlearn)
 
     audit = commands.add_parser("audit", help="compare the buckets of two checkpoints")
-    audit.add_argument("before")
-    audit.add_argument("after")
+    audit.add_argument("before", help="a folder, a GGUF file or a hub name")
+    audit.add_argument("after", help="the same, or the folder of a PEFT adapter of BEFORE")
     audit.add_argument("--formats", default=DEFAULT_FORMATS, help="comma-separated (%(default)s)")
+    audit.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="in which the deployment loads")
+    audit.add_argument("--device", help="where weights are compared; default: a CUDA device, else the CPU")
     audit.add_argument("--json", metavar="FILE", help="also write the whole report there")
+    audit.add_argument("--html", metavar="FILE", help="also write it as a page, with a heat map of layers")
+    audit.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="exit with 1 where it holds of a recipe, as 'delivered_share<0.5' or 'bnb-nf4:lost_layers>0'; "
+        "may be repeated",
+    )
+    audit.add_argument("--resume", metavar="FILE", help="keep what is done there, go on from it, remove it at the end")
     audit.set_defaults(run=_audit)
 
     evaluate = commands.add_parser("evaluate", help="score checkpoints as deployed")
@@ -189,13 +200,24 @@ def _stored_dtype(model: str):
         raise ValueError(f"{model}: expected a model's folder or hub name; got {str(error):.200}") from None
 
 
-def _audit(args) -> None:
-    from .audit import audit
+def _audit(args) -> int:
+    from .auditing import audit
+    from .auditing.gates import parse_gate
 
-    report = audit(args.before, args.after, _names(args.formats))
+    formats = _names(args.formats)
+    gates = [parse_gate(text, formats) for text in args.fail_if]
+    for option in ("json", "html"):
+        _refuse_to_overwrite(option, getattr(args, option))
+    report = audit(args.before, args.after, formats, dtype=args.dtype, device=args.device, resume=args.resume)
     if args.json:
-        _write(args.json, report.to_json())
+        _write("json", args.json, report.to_json())
+    if args.html:
+        _write("html", args.html, report.to_html())
     print(report.to_markdown())
+    failures = [line for gate in gates for line in gate.failures(report)]
+    for line in failures:
+        print(f"quail: gate failed: {line}", file=sys.stderr)
+    return EXIT_GATE_FAILED if failures else 0
 
 
 def _evaluate(args) -> None:
@@ -231,22 +253,26 @@ def _evaluate(args) -> None:
             print(f"| {name} | {quantizer} | {sides[0]} | {sides[1]} | {r.perplexity:.1f} |", flush=True)
             results.append(r.to_dict())
     if args.json:
-        _write(args.json, json.dumps(results, indent=1))
+        _write("json", args.json, json.dumps(results, indent=1))
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _write(path: str, text: str) -> None:
+def _refuse_to_overwrite(option: str, path: str | None) -> None:
+    if path is not None and Path(path).exists():
+        raise ValueError(f"{option}: expected a new file; got {path}, which already exists")
+
+
+def _write(option: str, path: str, text: str) -> None:
     """Whole or not at all, and never over something that is there."""
-    if Path(path).exists():
-        raise ValueError(f"json: expected a new file; got {path}, which already exists")
+    _refuse_to_overwrite(option, path)
     partial = Path(f"{path}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.rename(path)
     except OSError as error:
-        raise ValueError(f"json: expected a file that can be written; got {path}: {error.strerror}") from None
+        raise ValueError(f"{option}: expected a file that can be written; got {path}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -1,0 +1,183 @@
+"""The report as Markdown that fits a terminal of 80 columns."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+
+from quail_kernels import get_format
+
+from .figures import AuditReport, Row, count, percent
+
+_COLUMNS, _LISTED = 80, 8
+
+
+def markdown(report: AuditReport) -> str:
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: AuditReport) -> Iterator[str]:
+    yield "# Audit in 4 bits"
+    yield ""
+    yield f"- BEFORE: `{report.before}`, {', '.join(report.stored_before)}"
+    yield f"- AFTER: `{report.after}`, {', '.join(report.stored_after)}"
+    yield from _wrap(f"- compared in {report.dtype}, as a deployment loads them", indent="  ")
+    yield from _wrap(f"- linear weights chosen by {report.selected_by}", indent="  ")
+    yield ""
+    yield from _wrap(report.verdict)
+    yield ""
+    yield "Changed by the update, in % of the weights compared:"
+    yield ""
+    rows = [(str(get_format(row.format)), row.figures, row) for row in report.formats.values()]
+    yield from _table(
+        ("recipe", "weights", "codes", "flip law", "values", "codes B", "values B"),
+        [
+            (
+                recipe,
+                count(figures.weights),
+                percent(figures.changed_share),
+                percent(figures.predicted_flip_share),
+                percent(1 - figures.value_overlap),
+                percent(1 - figures.code_overlap_before_grid),
+                percent(1 - figures.value_overlap_before_grid),
+            )
+            if figures
+            else (recipe, "0")
+            for recipe, figures, _ in rows
+        ],
+    )
+    yield ""
+    yield from _wrap(
+        "codes: in another bucket, with each side's own scales; flip law: what mean min(dw/s, 1) expects "
+        "of it; values: another dequantized value; B: on BEFORE's grid."
+    )
+    yield ""
+    yield "Delivered of the update dw, as the change dq of the deployed values:"
+    yield ""
+    yield from _table(
+        ("recipe", "share %", "cosine", "dq/dw", "lost", "layers", "dw/s p50", "p99"),
+        [
+            (
+                recipe,
+                _or_dash(figures.delivered_share, percent),
+                _or_dash(figures.delivered_cosine, _short),
+                _or_dash(figures.delivered_norm, _short),
+                str(row.lost_tensors),
+                str(len(row.lost_layers)),
+                _short(figures.step_share_p50),
+                _short(figures.step_share_p99),
+            )
+            if figures
+            else (recipe, "")
+            for recipe, figures, row in rows
+        ],
+    )
+    yield ""
+    yield from _wrap(
+        "share: what arrives along the direction of dw; cosine: how far it stands out of the noise of rounding; "
+        "dq/dw: of their norms; lost: tensors, and whole layers, where dw is there and dq = 0; p50, p99: quantiles of "
+        "dw over the step s, up to 2."
+    )
+    yield ""
+    yield "The update dw against the step s:"
+    yield ""
+    yield from _table(
+        ("recipe", "< s/2 %", "mean dw", "max dw", "zeros", "on grid", "BEFORE"),
+        [
+            (
+                recipe,
+                percent(figures.share_below_half_step),
+                f"{figures.mean_abs_change:.2g}",
+                f"{figures.max_abs_change:.2g}",
+                count(figures.zero_groups),
+                percent(figures.on_grid_share),
+                row.shipped_in.removeprefix("this "),
+            )
+            if figures
+            else (recipe, "")
+            for recipe, figures, row in rows
+        ],
+    )
+    yield ""
+    yield from _wrap(
+        "zeros: groups that are zero throughout; on grid: BEFORE's weights that are exactly what the recipe makes of "
+        "them, in %; BEFORE: how it was shipped, as its weights show."
+    )
+    yield from _by_place("module", report.modules, report)
+    yield from _by_place("layer", report.layers, report)
+    changed = sorted((row for row in report.unquantized if row.change.changed), key=lambda row: -row.change.mean_abs)
+    yield ""
+    yield f"Left in full precision: {len(report.unquantized)} tensors, {len(changed)} of them changed."
+    if changed:
+        yield ""
+        yield from _table(
+            ("tensor", "weights", "mean dw", "max dw"),
+            [
+                (
+                    _elide(row.name),
+                    count(row.weights),
+                    f"{row.change.mean_abs:.2g}",
+                    f"{row.change.max_abs:.2g}",
+                )
+                for row in changed[:_LISTED]
+            ],
+        )
+        if len(changed) > _LISTED:
+            yield ""
+            yield f"and {len(changed) - _LISTED} more that changed less."
+    yield ""
+    yield "Not compared:"
+    yield ""
+    groups = Counter((row.format, row.reason) for row in report.not_compared)
+    first = {(row.format, row.reason): row.name for row in reversed(report.not_compared)}
+    for (format, reason), number in groups.most_common():
+        what = f"{number} tensors, as {first[format, reason]}" if number > 1 else first[format, reason]
+        yield from _wrap(f"- {f'{format}: ' if format else ''}{reason}: {what}", indent="  ")
+    if not groups:
+        yield "- nothing was left out"
+
+
+def _by_place(kind: str, rows: tuple[Row, ...], report: AuditReport) -> Iterator[str]:
+    """The share that is delivered by layer or module, those with the least of it where there are many."""
+    formats = [name for name, row in report.formats.items() if row.figures is not None][:4]
+    shares: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.figures.delivered_share is not None and row.format in formats:
+            shares.setdefault(row.name, {})[row.format] = row.figures.delivered_share
+    if not shares:
+        return
+    least = sorted(shares, key=lambda name: min(shares[name].values()))[:_LISTED]
+    of = f"the {_LISTED} {kind}s with the least, of {len(shares)}" if len(shares) > _LISTED else f"every {kind}"
+    yield ""
+    yield f"Share of the update that is delivered, in %: {of}:"
+    yield ""
+    yield from _table(
+        (kind, *formats),
+        [
+            (_elide(name, 30), *(_or_dash(shares[name].get(format), percent) for format in formats))
+            for name in (least if len(shares) > _LISTED else shares)
+        ],
+    )
+
+
+def _or_dash(number: float | None, text) -> str:
+    return "-" if number is None else text(number)
+
+
+def _short(number: float) -> str:
+    return f"{number:.2g}"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    rows = [header, *(row + ("",) * (len(header) - len(row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])} |" for row in rows]
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    yield from (lines[0], f"|{rule}|", *lines[1:])
+
+
+def _wrap(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _elide(name: str, width: int = 44) -> str:
+    return name if len(name) <= width else f"{name[: width // 2 - 2]}...{name[-(width // 2 - 1) :]}"

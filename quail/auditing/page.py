@@ -1,0 +1,187 @@
+"""The report as one HTML page that needs nothing beside it: no script, no font, no network."""
+
+from collections.abc import Iterator
+from html import escape
+
+from quail_kernels import get_format
+
+from .figures import AuditReport, Figures, NotCompared, count, percent
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1f2328; --faint: #656d76; --line: #d0d7de; --page: #fff; --cell: #eaeef2 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --faint: #8d96a0; --line: #30363d; --page: #0d1117; --cell: #21262d }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
+       max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+p.verdict { border-left: 4px solid #0969da; padding: .2rem 1rem; max-width: 52rem }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
+dt, .note { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
+th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
+table.heat { border-collapse: separate; border-spacing: 2px }
+table.heat td, table.heat th { border: 0; padding: .15rem .5rem; text-align: center }
+table.heat td:first-child { text-align: left }
+td.none { background: var(--cell) }
+.legend { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .5rem 0 }
+.bar { width: 12rem; height: .8rem; border-radius: 2px }
+"""
+# From nothing delivered to all of it; legible for the colour-blind: dark blue is all.
+_STOPS = ((178, 24, 43), (244, 165, 130), (247, 247, 247), (146, 197, 222), (33, 102, 172))
+
+
+def page(report: AuditReport) -> str:
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: AuditReport) -> Iterator[str]:
+    yield '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{_STYLE}</style>"
+    yield "<h1>Audit in 4 bits</h1>"
+    yield f'<p class="verdict">{escape(report.verdict)}</p>'
+    yield "<dl>"
+    for term, text in (
+        ("BEFORE", f"{report.before} ({', '.join(report.stored_before)})"),
+        ("AFTER", f"{report.after} ({', '.join(report.stored_after)})"),
+        ("compared in", f"{report.dtype}, as a deployment loads them"),
+        ("linear weights", f"chosen by {report.selected_by}"),
+    ):
+        yield f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>"
+    yield "</dl>"
+    yield from _totals(report)
+    yield from _heat_maps(report)
+    yield from _unquantized(report)
+    yield from _left_out(report)
+    yield "</html>"
+
+
+def _totals(report: AuditReport) -> Iterator[str]:
+    header = (
+        *("recipe", "weights", "codes changed", "flip law", "values changed", "delivered", "cosine", "|dq| / |dw|"),
+        *("|dw| < s/2", "on grid", "lost layers", "BEFORE shipped in"),
+    )
+    rows = []
+    for row in report.formats.values():
+        name, figures = str(get_format(row.format)), row.figures
+        if figures is None:
+            rows.append((name, "0", *[""] * (len(header) - 2)))
+            continue
+        rows.append(
+            (
+                name,
+                count(figures.weights),
+                *(
+                    f"{percent(share)} %"
+                    for share in (figures.changed_share, figures.predicted_flip_share, 1 - figures.value_overlap)
+                ),
+                _or_dash(figures.delivered_share, lambda share: f"{percent(share)} %"),
+                _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}"),
+                _or_dash(figures.delivered_norm, lambda number: f"{number:.2g}"),
+                f"{percent(figures.share_below_half_step)} %",
+                f"{percent(figures.on_grid_share)} %",
+                str(len(row.lost_layers)),
+                row.shipped_in,
+            )
+        )
+    yield "<h2>By recipe</h2>"
+    yield from _table(header, rows)
+    yield (
+        '<p class="note">dw: the update; dq: what it changes in the deployed values, each side on its own scales; '
+        "s: the step of the weight's bucket. Delivered: &lt;dw, dq&gt; / |dw|&sup2;, what arrives along the direction "
+        "of the update; the cosine tells how far that stands out of the noise of rounding. Flip law: the mean of "
+        "min(|dw| / s, 1), the share of codes that an update of weights in 16 bits is expected to change.</p>"
+    )
+
+
+def _heat_maps(report: AuditReport) -> Iterator[str]:
+    cells = {(row.format, row.layer, row.module): row.figures for row in report.cells}
+    layers = list(dict.fromkeys([row.name for row in report.layers] + [row.layer for row in report.cells]))
+    modules = list(dict.fromkeys(row.name for row in report.modules))
+    yield "<h2>Delivered, by layer and module</h2>"
+    colors = ", ".join(_color(i / 4) for i in range(5))
+    yield (
+        f'<div class="legend">0 % <div class="bar" style="background: linear-gradient(90deg, {colors})"></div> '
+        "100 % of the update delivered; -: no update</div>"
+    )
+    for name in report.formats:
+        shown = [module for module in modules if any((name, layer, module) in cells for layer in layers)]
+        if not shown:
+            continue
+        yield f'<h3>{escape(str(get_format(name)))}</h3><div class="scroll"><table class="heat">'
+        yield f"<tr><th></th>{''.join(f'<th>{escape(module)}</th>' for module in shown)}</tr>"
+        for layer in layers:
+            row = [(module, cells.get((name, layer, module))) for module in shown]
+            if any(figures for _, figures in row):
+                label = escape(layer or "in no layer")
+                yield f"<tr><td>{label}</td>{''.join(_cell(layer, module, figures) for module, figures in row)}</tr>"
+        yield "</table></div>"
+
+
+def _cell(layer: str, module: str, figures: Figures | None) -> str:
+    if figures is None:
+        return '<td class="none"></td>'
+    place = f"{layer}.{module}".strip(".")
+    told = (
+        f"{place}\n{count(figures.weights)} weights, codes changed {percent(figures.changed_share)} %, "
+        f"flip law {percent(figures.predicted_flip_share)} %\n"
+    )
+    share = figures.delivered_share
+    if share is None:
+        return f'<td class="none" title="{escape(told)}no update">-</td>'
+    cosine = _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}")
+    told += f"delivered {percent(share)} %, cosine {cosine}, |dq| / |dw| {figures.delivered_norm:.2g}"
+    ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
+    style = f"background: {_color(share)}; color: {ink}"
+    return f'<td style="{style}" title="{escape(told)}">{100 * share:.0f}</td>'
+
+
+def _color(share: float) -> str:
+    at = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
+    low = min(int(at), len(_STOPS) - 2)
+    mixed = (round(a + (b - a) * (at - low)) for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True))
+    return f"rgb({', '.join(map(str, mixed))})"
+
+
+def _unquantized(report: AuditReport) -> Iterator[str]:
+    rows = sorted(report.unquantized, key=lambda row: -row.change.mean_abs)
+    yield "<h2>Left in full precision by the deployment</h2>"
+    yield from _table(
+        ("tensor", "weights", "changed", "mean |dw|", "max |dw|"),
+        [
+            (
+                row.name,
+                count(row.weights),
+                f"{percent(row.change.changed / row.weights)} %",
+                f"{row.change.mean_abs:.2g}",
+                f"{row.change.max_abs:.2g}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _left_out(report: AuditReport) -> Iterator[str]:
+    rows: list[NotCompared] = [row for row in report.not_compared if row.change is None]
+    yield "<h2>Not compared</h2>"
+    yield from _table(
+        ("tensor", "weights", "recipe", "reason"),
+        [(row.name, count(row.weights), row.format or "all", row.reason) for row in rows],
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if not rows:
+        yield "<p>None.</p>"
+        return
+    yield '<div class="scroll"><table>'
+    for tag, row in (("th", header), *(("td", row) for row in rows)):
+        yield f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in row)}</tr>"
+    yield "</table></div>"
+
+
+def _or_dash(number: float | None, text) -> str:
+    return "-" if number is None else text(number)
