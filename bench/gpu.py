@@ -15,17 +15,16 @@ import signal
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from . import machine, results, suite, worker
 from .cases import all_cases
+from .run import Run, now
 
 _BUDGET_S = 500.0
 _TESTS_SHARE = 0.6  # of the time, at most: what the tests leave is the bench's
-_OUT_OF_TIME = "--budget-s was up before it"
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,61 +53,6 @@ def _output_path(options: argparse.Namespace, card: str, started: str) -> Path:
     return results.choose_path(machine.slug(card), started, options.force)
 
 
-class _Run:
-    """The document of a run, saved and shown as it grows."""
-
-    def __init__(self, document: dict, path: Path, began: float):
-        self.document, self.path, self.began = document, path, began
-        self.entries = {entry["name"]: entry for entry in document["cases"]}
-        self.save()
-
-    def save(self) -> None:
-        self.document["wall_s"] = round(time.monotonic() - self.began, 1)
-        results.save(self.document, self.path)
-
-    def tests(self, summary: dict) -> None:
-        self.document["tests"] = summary
-        self.save()
-
-    def hear(self, kind: str, case: str | None, value) -> None:
-        if kind == "roof":
-            self.document["roof"] = value
-            dry = " (a dry run's: of the CPU, small)" if self.document["dry"] else ""
-            print(f"copy bandwidth{dry}: {value['copy_gb_s']:.1f} GB/s\n", flush=True)
-        elif kind == "row":
-            self.entries[case]["rows"].append(value)
-        else:
-            self._end(self.entries[case], *value)
-        self.save()
-
-    def _end(self, entry: dict, outcome: str, reason: str | None) -> None:
-        told = {row["peer"] for row in entry["rows"]}
-        if any(row["outcome"] in ("failed", "check failed") for row in entry["rows"]):
-            outcome, reason = "failed", "see its rows"
-        elif told and (missing := [peer for peer in entry["peers"] if peer not in told]):
-            outcome, reason = "incomplete", f"the time was up before {', '.join(missing)}"
-        elif outcome == "measured" and not told:
-            outcome, reason = "skipped", _OUT_OF_TIME
-        entry |= {"outcome": outcome, "reason": reason}
-        results.derive(entry, (self.document["roof"] or {}).get("copy_gb_s"))
-        print(results.table(entry) + "\n", flush=True)
-
-    def finish(self, outcome: str) -> None:
-        for entry in self.entries.values():
-            if entry["reason"] == results.NOT_REACHED:
-                self._end(entry, "skipped", _OUT_OF_TIME if outcome == "finished" else "the run was ended before it")
-        self.document |= {"outcome": outcome, "finished": _now()}
-        self.save()
-
-    def failed(self) -> bool:
-        tests = self.document["tests"]
-        return tests["outcome"] in ("failed", "not run") or any(e["outcome"] == "failed" for e in self.entries.values())
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _tell_tests(summary: dict) -> None:
     counts = ", ".join(
         f"{summary[name]} {name.replace('_', ' ')}" for name in ("passed", "failed", "skipped", "not_run")
@@ -132,15 +76,18 @@ def main(argv: list[str] | None = None) -> int:
         return _die("--out: expected a path outside bench/results, which is for runs on a GPU; got a dry run's")
     device = torch.device("cpu" if options.dry else "cuda:0")
     facts = machine.describe(device)
-    started = _now()
+    started = now()
     try:
         path = _output_path(options, facts["card"], started)
     except results.PathTaken as taken:
         return _die(f"--out: expected a path that is free, or --force; got {taken}, which is there")
-    cases = all_cases(small=options.dry)
-    document = results.new_document(cases, dry=options.dry, started=started, budget_s=options.budget_s, machine=facts)
+    size = 0 if options.dry else 1
+    cases = all_cases(size)
+    document = results.new_document(
+        cases, dry=options.dry, size=size, started=started, budget_s=options.budget_s, machine=facts
+    )
     try:
-        run = _Run(document, path, began)
+        run = Run(document, path, began)
     except OSError as error:
         return _die(f"--out: expected a path that can be written; got {error}")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
@@ -155,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="quail-tests-") as folder:
             summary = suite.run(Path(folder), options.dry, began + options.budget_s * _TESTS_SHARE, run.tests)
         _tell_tests(summary)
-        worker.run(str(device), options.dry, [case.name for case in cases], began + options.budget_s, run.hear)
+        worker.run(str(device), size, [case.name for case in cases], began + options.budget_s, run.hear)
         outcome = "finished"
     finally:
         run.finish(outcome)

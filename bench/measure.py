@@ -4,8 +4,10 @@ One meter for CUDA and for the CPU: the loop, the quantiles and the interface ar
 the events, the synchronisation and the allocator's books.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -22,7 +24,7 @@ class _CpuEvent:
 
 
 class Meter:
-    """Device-synchronised timing with a cold L2 cache.
+    """Device-synchronised timing with a cold cache: the L2 of a GPU, the last level of a CPU.
 
     Between two calls, outside the events, a buffer of four times the cache is read: what is left there is clean,
     so that no write-back of it is charged to the call. Nothing synchronises between the first call and the last.
@@ -33,12 +35,13 @@ class Meter:
         # A dry run traces what is compiled but builds no kernels.
         self.compile_backend = "eager" if dry else "inductor"
         self._cuda = device.type == "cuda"
-        cache = 2**18
         if self._cuda:
             cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
+        else:
+            cache = 2**18 if dry else _last_level_cache()
         self._sweep = torch.zeros(4 * cache // 4, dtype=torch.float32, device=device)
         self._sink = torch.zeros((), dtype=torch.float32, device=device)
-        self._copied = 2**22 if not self._cuda else 2**30
+        self._copied = 2**22 if dry else 2**30 if self._cuda else 2**28
 
     def synchronize(self) -> None:
         if self._cuda:
@@ -78,11 +81,11 @@ class Meter:
     def peak_extra_bytes(self, call: Callable[[], object]) -> int | None:
         """The most memory that a call holds beyond what was there before it, its result included.
 
-        None on the CPU, whose allocator keeps no books.
+        On the CPU it is resident memory, from Linux's own books, pages of 4 KiB that were touched for the first time;
+        None where there are none.
         """
         if not self._cuda:
-            call()
-            return None
+            return _peak_extra_resident(call)
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -101,6 +104,31 @@ class Meter:
         target = torch.empty_like(source)
         took = self.time(lambda: target.copy_(source), seconds)
         return {"copied_bytes": n, "copy_gb_s": 2 * n / took["p50_ms"] / 1e6} | took
+
+
+def _last_level_cache() -> int:
+    """Bytes; 32 MiB where Linux does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=2**25)
+
+
+def _peak_extra_resident(call: Callable[[], object]) -> int | None:
+    try:
+        # What the allocator keeps of freed memory would hide what the call takes of it.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        result = call()
+        peak = _resident("VmHWM")
+    except (OSError, AttributeError, ValueError):
+        return None
+    del result
+    return max(peak - before, 0)
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
 
 
 def quantiles(milliseconds: list[float]) -> dict:

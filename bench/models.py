@@ -10,13 +10,17 @@ class Model:
     intermediate: int
     vocabulary: int
 
-    def weight(self, small: bool) -> tuple[int, int]:
-        """The MLP's down projection, [hidden, intermediate]: every default group size divides its rows."""
-        return (24, 512) if small else (self.hidden, self.intermediate)
+    def weight(self, size: float) -> tuple[int, int]:
+        """The MLP's down projection, [hidden, intermediate]: every default group size divides its rows.
 
-    def logits(self, small: bool, tokens: int) -> tuple[int, int]:
+        ``size`` is the share of the rows; 0 makes it as small as shows that the code works.
+        """
+        return (max(round(self.hidden * size), 1), self.intermediate) if size else (24, 512)
+
+    def logits(self, size: float, tokens: int) -> tuple[int, int]:
+        """``size`` is the share of the tokens; 0 as above."""
         # An odd vocabulary stays odd: its rows are not aligned.
-        return (7, 320 + self.vocabulary % 2) if small else (tokens, self.vocabulary)
+        return (max(round(tokens * size), 1), self.vocabulary) if size else (7, 320 + self.vocabulary % 2)
 
 
 SMOLLM2_135M = Model("SmolLM2-135M", 576, 1536, 49152)

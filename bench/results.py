@@ -50,6 +50,7 @@ def new_document(cases: Iterable[Case], **facts) -> dict:
                 "model": case.model,
                 "shape": list(case.shape),
                 "dtype": short(case.dtype),
+                "headline": case.headline,
                 "useful_bytes": case.useful_bytes,
                 "peers": list(case.peers),
                 "outcome": "skipped",

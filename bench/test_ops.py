@@ -12,7 +12,7 @@ from .case import Absent
 from .cases import all_cases
 from .measure import Meter
 
-CASES = all_cases(small=True)
+CASES = all_cases(size=0)
 
 
 @pytest.fixture(scope="module")

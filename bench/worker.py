@@ -21,11 +21,11 @@ _PEER_LIMIT_S = 90.0
 _START_LIMIT_S = 120.0
 
 
-def _work(connection, device: str, dry: bool, plan: dict[str, tuple[str, ...]], need_roof: bool, deadline: float):
-    seconds = 0.01 if dry else 0.2
-    meter = Meter(torch.device(device), dry)
+def _work(connection, device: str, size: float, plan: dict[str, tuple[str, ...]], need_roof: bool, deadline: float):
+    seconds = 0.2 if size else 0.01
+    meter = Meter(torch.device(device), dry=not size)
     connection.send(("roof", meter.roof(seconds) if need_roof else None))
-    by_name = {case.name: case for case in all_cases(small=dry)}
+    by_name = {case.name: case for case in all_cases(size)}
     for name, done in plan.items():
         if time.monotonic() >= deadline:
             break
@@ -57,8 +57,10 @@ def _end_if_unusable(meter: Meter) -> None:
         os._exit(3)
 
 
-def run(device: str, dry: bool, names: list[str], deadline: float, say: Callable[[str, str | None, Any], None]) -> None:
-    """Measures the cases of these names until ``deadline`` (of time.monotonic).
+def run(
+    device: str, size: float, names: list[str], deadline: float, say: Callable[[str, str | None, Any], None]
+) -> None:
+    """Measures the cases of these names, on that share of their rows, until ``deadline`` (of time.monotonic).
 
     ``say(kind, case, value)`` hears "roof" (a dict), "row" (a dict) and "end" ((outcome, reason)) of each case that
     was reached; the others are left unsaid.
@@ -68,7 +70,7 @@ def run(device: str, dry: bool, names: list[str], deadline: float, say: Callable
     while plan and time.monotonic() < deadline:
         progress = False
         case = peer = None
-        for kind, value in _events(device, dry, plan, not have_roof, deadline):
+        for kind, value in _events(device, size, plan, not have_roof, deadline):
             if kind == "roof":
                 if value is not None:
                     say(kind, None, value)
@@ -103,11 +105,11 @@ def run(device: str, dry: bool, names: list[str], deadline: float, say: Callable
                 plan.pop(case)
 
 
-def _events(device: str, dry: bool, plan: dict, need_roof: bool, deadline: float) -> Iterator[tuple[str, Any]]:
+def _events(device: str, size: float, plan: dict, need_roof: bool, deadline: float) -> Iterator[tuple[str, Any]]:
     """The events of one process: its own, and "lost" with the reason where it died or hung, "late" at the deadline."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, device, dry, dict(plan), need_roof, deadline), daemon=True)
+    process = context.Process(target=_work, args=(theirs, device, size, dict(plan), need_roof, deadline), daemon=True)
     process.start()
     theirs.close()
     limit = _START_LIMIT_S

@@ -23,7 +23,7 @@ from bench.measure import Meter, quantiles
 ROOT = Path(__file__).resolve().parents[1]
 # What a GPU image in use does not have.
 NOT_THERE = ("bitsandbytes", "compressed_tensors", "gguf", "hypothesis", "peft", "torchao", "transformers")
-CASES = {case.name: case for case in all_cases(small=True)}
+CASES = {case.name: case for case in all_cases(size=0)}
 
 
 def command(*args, **environment):
@@ -221,7 +221,7 @@ def _work_on_faults(*args):
     """What the spawned process runs: the real work on cases that go wrong."""
     from bench import worker as inside
 
-    inside.all_cases = lambda small: FAULTS
+    inside.all_cases = lambda size: FAULTS
     torch.set_num_threads(1)
     _REAL_WORK(*args)
 
@@ -335,7 +335,7 @@ def test_checks_reject_a_wrong_answer(name):
 
 
 def test_cases_are_named_apart_and_full_size_differs_in_shape_only():
-    full = all_cases(small=False)
+    full = all_cases(size=1)
     assert [case.name for case in full] == list(CASES) and len(CASES) == len(full)
     assert all(case.peers.keys() == CASES[case.name].peers.keys() for case in full)
     largest = max(full, key=lambda case: case.useful_bytes)

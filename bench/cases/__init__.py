@@ -6,6 +6,6 @@ from . import bucket_compare, fake_quant, margin_hinge, quantize
 _OPS = (fake_quant, bucket_compare, margin_hinge, quantize)
 
 
-def all_cases(small: bool) -> list[Case]:
-    """Every case, on shapes of real models, or on a few rows of them where ``small``."""
-    return sorted((case for op in _OPS for case in op.cases(small)), key=lambda case: not case.headline)
+def all_cases(size: float) -> list[Case]:
+    """Every case, on that share of the rows of real models; 0: on a few rows, to see that the code works."""
+    return sorted((case for op in _OPS for case in op.cases(size)), key=lambda case: not case.headline)

@@ -59,8 +59,8 @@ def _judge(inputs: tuple, expected: tuple, answer: tuple, peer: str) -> Check:
     return Check(max(errors), per_million, not any(errors) and change_fits)
 
 
-def _case(model: Model, format: str, dtype: torch.dtype, small: bool, headline: bool) -> Case:
-    recipe, shape = get_format(format), model.weight(small)
+def _case(model: Model, format: str, dtype: torch.dtype, size: float, headline: bool) -> Case:
+    recipe, shape = get_format(format), model.weight(size)
     n = prod(shape)
     return Case(
         op="bucket_compare",
@@ -84,7 +84,7 @@ def _case(model: Model, format: str, dtype: torch.dtype, small: bool, headline: 
     )
 
 
-def cases(small: bool) -> list[Case]:
-    made = [_case(LLAMA_3_8B, format, torch.bfloat16, small, format in _COMPILED) for format in FORMATS]
-    made += [_case(SMOLLM2_135M, format, torch.bfloat16, small, False) for format in _COMPILED]
-    return [*made, _case(LLAMA_3_8B, "bnb-nf4", torch.float32, small, False)]
+def cases(size: float) -> list[Case]:
+    made = [_case(LLAMA_3_8B, format, torch.bfloat16, size, format in _COMPILED) for format in FORMATS]
+    made += [_case(SMOLLM2_135M, format, torch.bfloat16, size, False) for format in _COMPILED]
+    return [*made, _case(LLAMA_3_8B, "bnb-nf4", torch.float32, size, False)]

@@ -35,8 +35,8 @@ def _torchao(recipe: Format) -> Peer:
     return build
 
 
-def _case(model: Model, format: str, dtype: torch.dtype, small: bool, headline: bool) -> Case:
-    recipe, shape = get_format(format), model.weight(small)
+def _case(model: Model, format: str, dtype: torch.dtype, size: float, headline: bool) -> Case:
+    recipe, shape = get_format(format), model.weight(size)
     found = peers(
         lambda w: fake_quant(w, format),
         partial(_eager, recipe=recipe),
@@ -63,9 +63,9 @@ def _case(model: Model, format: str, dtype: torch.dtype, small: bool, headline: 
     )
 
 
-def cases(small: bool) -> list[Case]:
-    made = [_case(LLAMA_3_8B, format, torch.bfloat16, small, format in _COMPILED) for format in FORMATS]
+def cases(size: float) -> list[Case]:
+    made = [_case(LLAMA_3_8B, format, torch.bfloat16, size, format in _COMPILED) for format in FORMATS]
     for model in (SMOLLM2_135M, LLAMA_32_1B):
-        made += [_case(model, format, torch.bfloat16, small, False) for format in _COMPILED]
-    made += [_case(LLAMA_3_8B, "bnb-nf4", dtype, small, False) for dtype in (torch.float32, torch.float16)]
+        made += [_case(model, format, torch.bfloat16, size, False) for format in _COMPILED]
+    made += [_case(LLAMA_3_8B, "bnb-nf4", dtype, size, False) for dtype in (torch.float32, torch.float16)]
     return made

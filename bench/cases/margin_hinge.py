@@ -112,9 +112,9 @@ def _check(inputs: tuple, expected: torch.Tensor, answer: tuple, peer: str, opti
 
 
 def _case(
-    model: Model, tokens: int, norm: str, space: str, dtype: torch.dtype, small: bool, headline: bool = False
+    model: Model, tokens: int, norm: str, space: str, dtype: torch.dtype, size: float, headline: bool = False
 ) -> Case:
-    shape = model.logits(small, tokens)
+    shape = model.logits(size, tokens)
     options = {"norm": norm, "space": space, "margin": _MARGINS[norm]}
     one = prod(shape) * dtype.itemsize
     # The hinge of a label on raw logits needs one logit of each row; its gradient is written whole.
@@ -135,14 +135,14 @@ def _case(
     )
 
 
-def cases(small: bool) -> list[Case]:
+def cases(size: float) -> list[Case]:
     bf16 = torch.bfloat16
     made = [
-        _case(LLAMA_3_8B, 4096, "per_logit", "logits", bf16, small, headline=True),
-        _case(LLAMA_3_8B, 4096, "label", "log_probs", bf16, small, headline=True),
+        _case(LLAMA_3_8B, 4096, "per_logit", "logits", bf16, size, headline=True),
+        _case(LLAMA_3_8B, 4096, "label", "log_probs", bf16, size, headline=True),
     ]
     for norm, space in (("per_logit", "log_probs"), ("l2", "logits"), ("linf", "logits"), ("label", "logits")):
-        made.append(_case(LLAMA_3_8B, 4096, norm, space, bf16, small))
+        made.append(_case(LLAMA_3_8B, 4096, norm, space, bf16, size))
     for model, tokens in ((SMOLLM2_135M, 4096), (GPT2, 4096), (LLAMA_2_7B, 4096), (QWEN3_8B, 2048), (GEMMA_2_9B, 2048)):
-        made.append(_case(model, tokens, "per_logit", "logits", bf16, small))
-    return [*made, _case(SMOLLM2_135M, 4096, "per_logit", "logits", torch.float32, small)]
+        made.append(_case(model, tokens, "per_logit", "logits", bf16, size))
+    return [*made, _case(SMOLLM2_135M, 4096, "per_logit", "logits", torch.float32, size)]

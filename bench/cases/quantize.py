@@ -53,8 +53,8 @@ def _quantized_on_cpu(w: torch.Tensor, format: str) -> tuple[torch.Tensor, ...]:
     return tuple(part.to(w.device) for part in quantize(w.cpu(), format))
 
 
-def _cases(model: Model, format: str, small: bool, headline: bool) -> list[Case]:
-    recipe, shape = get_format(format), model.weight(small)
+def _cases(model: Model, format: str, size: float, headline: bool) -> list[Case]:
+    recipe, shape = get_format(format), model.weight(size)
     n = prod(shape)
     stored = n // 2 + prod(recipe.params_shape(n)) * recipe.params_dtype(_DTYPE).itemsize
     common = {
@@ -106,5 +106,5 @@ def _cases(model: Model, format: str, small: bool, headline: bool) -> list[Case]
     ]
 
 
-def cases(small: bool) -> list[Case]:
-    return [case for format in FORMATS for case in _cases(LLAMA_3_8B, format, small, format == "bnb-nf4")]
+def cases(size: float) -> list[Case]:
+    return [case for format in FORMATS for case in _cases(LLAMA_3_8B, format, size, format == "bnb-nf4")]
