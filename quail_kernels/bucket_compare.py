@@ -23,6 +23,7 @@ around the weight times the scale, where the outermost buckets end with what the
 (-1 and 1 for bitsandbytes, 6 or 8 for E2M1); in a uniform recipe it is the scale or the step.
 """
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -45,10 +46,15 @@ from .formats.tiles import (
 )
 
 _TILE = 1024
-_BINS = 16
+BINS = 16
 _PROGRAMS = 1024
 _STEPS = 8
 _COUNTS = ("same_value", "below_half_step", "on_grid", "zero_groups")  # then the bins of code_distance
+_ROW_COUNTS = ("same_code", "same_value", "on_grid", "zero_groups", "below_half_step")
+_ROW_SHARES = (
+    *("code_overlap", "value_overlap", "on_grid_share", "share_below_half_step", "mean_abs_change"),
+    *("max_abs_change", "predicted_flip_share"),
+)
 
 
 @dataclass(frozen=True)
@@ -139,59 +145,126 @@ class BucketComparison:
 
     def to_dict(self) -> dict[str, int | float | list[int]]:
         """Every count and share as Python numbers, single groups left out: one synchronisation."""
-        counts = ("same_code", "same_value", "on_grid", "zero_groups", "below_half_step")
-        shares = (
-            *("code_overlap", "value_overlap", "on_grid_share", "share_below_half_step", "mean_abs_change"),
-            *("max_abs_change", "predicted_flip_share"),
-        )
-        # Counts below 2^53 are exact in fp64, so that one copy brings everything.
-        numbers = [getattr(self, name).double() for name in counts + shares]
-        on_host = torch.cat([torch.stack(numbers), self.code_distance.double()]).tolist()
+        return self.row(self.numbers().tolist())
+
+    def numbers(self) -> torch.Tensor:
+        """What ``to_dict`` fetches, in fp64: counts below 2^53 are exact in it, so that one copy brings all."""
+        numbers = [getattr(self, name).double() for name in _ROW_COUNTS + _ROW_SHARES]
+        return torch.cat([torch.stack(numbers), self.code_distance.double()])
+
+    def row(self, numbers: list[float]) -> dict[str, int | float | list[int]]:
+        """What ``to_dict`` gives, from what ``numbers`` has become on the host."""
         row: dict[str, int | float | list[int]] = {"total": self.total, "groups": self.groups}
-        row |= {name: int(number) for name, number in zip(counts, on_host, strict=False)}
-        row |= dict(zip(shares, on_host[len(counts) :], strict=False))
-        row["code_distance"] = [int(number) for number in on_host[len(numbers) :]]
+        shares_from = len(_ROW_COUNTS)
+        row |= {name: int(number) for name, number in zip(_ROW_COUNTS, numbers, strict=False)}
+        row |= dict(zip(_ROW_SHARES, numbers[shares_from:], strict=False))
+        row["code_distance"] = [int(number) for number in numbers[shares_from + len(_ROW_SHARES) :]]
         return row
+
+
+class Change:
+    """A change of weights in fp32, flat: what all comparisons of it share, whatever the recipe.
+
+    On the CPU a comparison into bool and a masked fill take five to ten times as long as arithmetic on fp32. So
+    truth is 1.0 or 0.0 here, and what is unchanged is masked by its bits.
+    """
+
+    def __init__(self, before: torch.Tensor, after: torch.Tensor, group_size: int):
+        self.before, self.after = before.float().view(-1), after.float().view(-1)
+        self.signed = self.after - self.before
+        self.size = self.signed.abs()
+        is_unchanged = torch.eq(self.size, 0, out=torch.empty_like(self.size))
+        self.n_unchanged = is_unchanged.sum()
+        self.sum_size = self.size.sum(dtype=torch.float64)
+        # Less than half of any step where nothing changed.
+        self._below = torch.sub(self.size, is_unchanged, out=is_unchanged)
+        # All bits but the sign, which NaN may have, and none where nothing changed.
+        self._mask = self.size.view(torch.int32).clamp(max=1).mul_(0x7FFFFFFF)
+        bits = torch.int32 if before.dtype == torch.float32 else torch.int16
+        either = before.view(bits) | after.view(bits)
+        self._group_size = group_size
+        self._largest = either.bitwise_and_(torch.iinfo(bits).max).view(-1, group_size).amax(dim=1)
+
+    @functools.cached_property
+    def sum_square(self) -> torch.Tensor:
+        return torch.dot(self.signed, self.signed)
+
+    def is_below_half(self, step: torch.Tensor) -> torch.Tensor:
+        """1.0 where |dw| < step / 2 or dw = 0; ``step`` is [groups, group_size], or [groups, 1]."""
+        half = (step * 0.5).nan_to_num_(0, torch.inf)
+        size = self._below.view(len(step), -1)
+        return torch.lt(size, half, out=torch.empty_like(size))
+
+    def in_steps(self, step: torch.Tensor) -> torch.Tensor:
+        """|dw| / step, and 0 where dw = 0, whatever the step; flat."""
+        ratio = (self.size.view(len(step), -1) / step).view(-1)
+        ratio.view(torch.int32).bitwise_and_(self._mask)
+        return ratio
+
+    def is_zero_group(self, group_size: int) -> torch.Tensor:
+        """By group of that many weights, whether all are zero in both tensors."""
+        return self._largest.view(-1, group_size // self._group_size).amax(dim=1) == 0
+
+
+def place_and_value(
+    recipe: Format, rank: torch.Tensor, params: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places of the buckets on the number line in int8, what they dequantize to in ``dtype``, as fp32), flat."""
+    value = recipe.value(rank, params).to(dtype).float()
+    return recipe.bucket(rank, params).to(torch.int8).view(-1), value.view(-1)
+
+
+def step_of(recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """``Format.step``, [groups, 1] where the buckets of a group are of one width."""
+    step = recipe.step(rank, params)
+    return step if step.stride(1) else step[:, :1]
+
+
+def code_distances(bucket: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """int64 [16]: how many weights are that many buckets apart, 15 and more as 15; both int8."""
+    distance = (other - bucket).abs_()
+    if distance.is_cuda or distance.amax() > 1:
+        return torch.bincount(distance.clamp_(max=BINS - 1).view(torch.uint8), minlength=BINS)
+    # So it is with most updates, and bincount, which waits for the last count of the same number, is slow with that.
+    moved = distance.sum(dtype=torch.float32)
+    return torch.stack([distance.numel() - moved, moved, *[torch.zeros_like(moved)] * (BINS - 2)]).long()
 
 
 def _bucket_compare_torch(
     before: torch.Tensor, after: torch.Tensor, recipe: Format, shared_scales: bool, per_group: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     device = before.device
-    counts = torch.zeros(len(_COUNTS) + _BINS, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(_COUNTS) + BINS, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     top = torch.zeros((), dtype=torch.int32, device=device)
     group_same = torch.zeros(recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device)
     of_before = recipe.fit_tensor(before)
     of_after = of_before if shared_scales else recipe.fit_tensor(after)
-    nonzero = torch.zeros((), dtype=torch.bool, device=device)
+    chunks = 0
     for (_, groups, x, short), (_, _, y, _) in zip(
         group_chunks(before, recipe), group_chunks(after, recipe), strict=True
     ):
         params = recipe.params(x, short, of_before)
         y_params = params if shared_scales else recipe.params(y, short, of_after)
-        rank, y_rank = recipe.rank(x, params, short), recipe.rank(y, y_params, short)
-        distance = (recipe.bucket(y_rank, y_params) - recipe.bucket(rank, params)).abs().clamp(max=_BINS - 1)
-        value = recipe.value(rank, params).to(x.dtype)
-        change = (y.float() - x.float()).abs()
-        step = recipe.step(rank, params)
-        flip = (change / step).clamp(max=1).masked_fill(change == 0, 0)
-        any_nonzero = ((x != 0) | (y != 0)).any(dim=1)
-        counts[0] += (value == recipe.value(y_rank, y_params).to(x.dtype)).sum()
-        counts[1] += ((change < step * 0.5) | (change == 0)).sum()
-        counts[2] += (value == x).sum()
-        counts[4:] += torch.bincount(distance.view(-1), minlength=_BINS)
-        if recipe.group_size is None:
-            nonzero |= any_nonzero.any()
-        else:
-            counts[3] += (~any_nonzero).sum()
-        sums[0] += change.sum(dtype=torch.float64)
-        sums[1] += flip.sum(dtype=torch.float64)
-        top = torch.maximum(top, change.amax().view(torch.int32))
+        change = Change(x, y, x.shape[1])
+        rank = recipe.rank(x, params, short)
+        step = step_of(recipe, rank, params)
+        bucket, value = place_and_value(recipe, rank, params, x.dtype)
+        y_bucket, y_value = place_and_value(recipe, recipe.rank(y, y_params, short), y_params, x.dtype)
+        # A chunk's counts are below 2^24, and so exact in fp32.
+        counts[0] += y_value.eq_(value).sum().long()
+        counts[1] += change.is_below_half(step).sum().long()
+        counts[2] += value.eq_(change.before).sum().long()
+        counts[3] += change.is_zero_group(x.shape[1]).sum()
+        counts[len(_COUNTS) :] += code_distances(bucket, y_bucket)
+        sums[0] += change.sum_size
+        sums[1] += change.in_steps(step).clamp_(max=1).sum(dtype=torch.float64)
+        top = torch.maximum(top, change.size.amax().view(torch.int32))
+        chunks += 1
         if per_group:
-            group_same[groups] += (distance == 0).sum(dim=1)
-    if recipe.group_size is None and before.numel():
-        counts[3] = (~nonzero).long()
+            group_same[groups] += (y_bucket == bucket).view(x.shape).sum(dim=1)
+    if recipe.group_size is None and chunks:
+        counts[3] = (counts[3] == chunks).long()
     return counts, sums, top, group_same
 
 
@@ -358,7 +431,7 @@ def _bucket_compare_triton(
     in_a_tile = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"]
     steps = min(max(tiles // _PROGRAMS, 1), _STEPS, 65535 // in_a_tile)
     programs = -(-tiles // steps)
-    counts = torch.empty(programs, len(_COUNTS) + _BINS, dtype=torch.int32, device=device)
+    counts = torch.empty(programs, len(_COUNTS) + BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     row_same = torch.empty(rows if per_group else 0, dtype=torch.int32, device=device)
     of_before = recipe.fit_tensor(before)
@@ -416,7 +489,7 @@ def _(before, after, group_size, format, *args):
 @_bucket_compare_op.register_fake
 def _(before, after, group_size, format, shared_scales, per_group):
     groups = get_format(format, group_size).groups(before.numel()) if per_group else 0
-    counts = before.new_empty(len(_COUNTS) + _BINS, dtype=torch.int64)
+    counts = before.new_empty(len(_COUNTS) + BINS, dtype=torch.int64)
     return (
         counts,
         before.new_empty(2, dtype=torch.float64),

@@ -30,10 +30,12 @@ from .base import (
     Format,
     check_shape,
     check_weight,
+    chunk_size,
     group_chunks,
     group_rows,
     group_spans,
     in_words,
+    tensor_range,
 )
 
 __all__ = [
@@ -42,10 +44,12 @@ __all__ = [
     "Format",
     "check_shape",
     "check_weight",
+    "chunk_size",
     "get_format",
     "group_chunks",
     "group_rows",
     "group_spans",
+    "tensor_range",
 ]
 
 _FAMILIES = (codebook, integer, gguf, microscaling)

@@ -1,5 +1,6 @@
 """What every recipe has, and how a tensor is cut into groups."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,7 +8,9 @@ import torch
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_SIZES = range(8, 4097, 8)
-_CHUNK = 1 << 20
+# A chunk's temporaries, 256 KB each in fp32, stay in the cache of the core that works on them.
+_CHUNK_OF_A_CORE = 1 << 16
+_LARGEST_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,41 @@ class Format:
     def params_shape(self, n: int) -> tuple[int, ...]:
         return (self.groups(n), self.n_params) if self.n_params > 1 else (self.groups(n),)
 
+    @property
+    def looks_at_tensor(self) -> bool:
+        """Whether the parameters of a group depend on weights of others."""
+        return self.needs_tensor or self.group_size is None
+
     def fit_tensor(self, w: torch.Tensor) -> torch.Tensor | None:
         """What groups need to know of the whole tensor: for a whole-tensor group its parameters, else None.
 
-        ``w`` has any shape and strides. What a rule can ask of it is its smallest and its largest weight.
+        ``w`` has any shape and strides.
         """
-        if self.group_size is not None or not w.numel():
-            return None
-        return self.fit(torch.stack(tensor_range(w))[None], False, None)
+        return self.fit_range(*tensor_range(w)) if self.looks_at_tensor and w.numel() else None
+
+    def fit_range(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """``fit_tensor`` of a tensor with this smallest and largest weight: all that a rule can ask of one."""
+        return self.fit(torch.stack([low, high])[None], False, None)
 
     def params(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         """The parameters of these groups, which are pieces of one where it is the whole tensor."""
         return of_tensor if self.group_size is None else self.fit(x, short, of_tensor)
 
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.buckets, dtype=torch.int32, device=rank.device)[rank]
+        if self.buckets == tuple(range(16)):
+            return rank
+        return look_up(self.table("buckets", rank.device, torch.int32), rank)
+
+    @functools.cached_property
+    def _tables(self) -> dict:
+        return {}
+
+    def table(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The tuple of that name as a tensor, made once: for a thousand numbers that takes as long as to look up
+        those of a chunk."""
+        if (name, device) not in self._tables:
+            self._tables[name, device] = torch.tensor(getattr(self, name), dtype=dtype, device=device)
+        return self._tables[name, device]
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()
@@ -116,27 +139,35 @@ def tensor_range(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low.amin(), high.amax()
 
 
-def group_spans(n: int, recipe: Format) -> Iterator[tuple[slice, slice, bool]]:
-    """The groups of n weights, about a million weights at a time: (slice of weights, slice of groups, short).
+def chunk_size(multiple_of: int = 1) -> int:
+    """How many weights the references work on at a time: as many as the caches of PyTorch's threads hold."""
+    most = min(_CHUNK_OF_A_CORE * torch.get_num_threads(), _LARGEST_CHUNK)
+    return max(most // multiple_of, 1) * multiple_of
 
-    It bounds the temporaries of the references. The short last group comes alone; a whole-tensor group comes
-    in pieces.
+
+def group_spans(n: int, recipe: Format) -> Iterator[tuple[slice, slice, bool]]:
+    """The groups of n weights, ``chunk_size()`` weights at a time: (slice of weights, slice of groups, short).
+
+    The short last group comes alone; a whole-tensor group comes in pieces.
     """
-    size = recipe.group_size or _CHUNK
+    if recipe.group_size is None:
+        stride = chunk_size()
+        for start in range(0, n, stride):
+            yield slice(start, min(start + stride, n)), slice(0, 1), False
+        return
+    size = recipe.group_size
     full = n // size * size
-    stride = max(_CHUNK // size, 1) * size
+    stride = chunk_size(size)
     for start in range(0, full, stride):
         span = slice(start, min(start + stride, full))
-        groups = slice(0, 1) if recipe.group_size is None else slice(span.start // size, span.stop // size)
-        yield span, groups, False
+        yield span, slice(span.start // size, span.stop // size), False
     if full < n:
-        groups = slice(0, 1) if recipe.group_size is None else slice(full // size, full // size + 1)
-        yield slice(full, n), groups, True
+        yield slice(full, n), slice(full // size, full // size + 1), True
 
 
 def group_rows(flat: torch.Tensor, recipe: Format, short: bool) -> torch.Tensor:
     """The weights of a span with their groups as rows, a piece of a whole-tensor group as one."""
-    return flat.view(1, -1) if short else flat.view(-1, recipe.group_size or _CHUNK)
+    return flat.view(1, -1) if short or recipe.group_size is None else flat.view(-1, recipe.group_size)
 
 
 def flat_part(w: torch.Tensor, span: slice) -> torch.Tensor:
@@ -160,8 +191,9 @@ def group_chunks(w: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice
         yield span, groups, group_rows(flat_part(w, span), recipe, short), short
 
 
-def table(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)
+def look_up(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``values[index]``, which on the CPU takes four times as long."""
+    return values.index_select(0, index.flatten()).view(index.shape)
 
 
 def in_words(sizes: tuple[int, ...] | range) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .._triton import tl, triton
-from .base import Format, table
+from .base import Format, look_up
 
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against 1 / 0: an fp32 subnormal, so no kernel may flush those
 # A kernel rounds 15.25 p + 16: 32 cells from -1 to 1, one word each of a cache line, so that a warp's look-ups are one
@@ -65,9 +65,8 @@ class Levels(Format):
         return self.midpoints
 
     @functools.cached_property
-    def cells(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """-reach to reach in equal cells of one threshold at most: the thresholds below each, and its own or
-        infinity.
+    def cells(self) -> tuple[float, ...]:
+        """-reach to reach in equal cells of one threshold at most: by cell its own, or infinity.
 
         The cell of a position is reckoned with rounding, and no threshold lies where that could matter.
         """
@@ -75,8 +74,13 @@ class Levels(Format):
         inside = {int(place): threshold for place, threshold in zip(at, self.thresholds, strict=True)}
         if len(inside) < len(at) or any(abs(place - round(place)) < 0.01 for place in at):
             raise ValueError(f"{self.name}: expected thresholds apart from each other and from the edges of the cells")
-        own = tuple(inside.get(cell, float("inf")) for cell in range(_CELLS))
-        return tuple(sum(place < cell for place in at) for cell in range(_CELLS)), own
+        return tuple(inside.get(cell, float("inf")) for cell in range(_CELLS))
+
+    @functools.cached_property
+    def below_cells(self) -> tuple[int, ...]:
+        """By cell, how many thresholds are in those before it."""
+        has_one = [cell != float("inf") for cell in self.cells]
+        return tuple(sum(has_one[:cell]) for cell in range(_CELLS))
 
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
@@ -95,13 +99,14 @@ class Levels(Format):
         return self.codes[sum(threshold < 0 for threshold in self.thresholds)]
 
     def rank_of(self, position: torch.Tensor) -> torch.Tensor:
-        """What torch.bucketize gives, NaN in the top bucket included, at less than half its time."""
-        below, threshold = self.cells
-        cell = position.nan_to_num(nan=self.reach).add_(self.reach).mul_(_CELLS / 2 / self.reach)
-        cell = cell.clamp_(0, _CELLS - 1).to(torch.int32).flatten()
-        above = position.flatten() > table(threshold, position).index_select(0, cell)
-        rank = torch.tensor(below, dtype=torch.int32, device=position.device).index_select(0, cell)
-        return rank.add_(above).view(position.shape)
+        """What torch.bucketize gives, NaN in the top bucket included, at a third of its time; ``position`` is used
+        up."""
+        position.nan_to_num_(self.reach)
+        cell = (position + self.reach).mul_(_CELLS / 2 / self.reach).clamp_(0, _CELLS - 1).to(torch.int32)
+        # By its sign bit, -1 where the threshold is below: a comparison and a cast take three times as long.
+        above = look_up(self.table("cells", position.device), cell).sub_(position).view(torch.int32)
+        above.bitwise_right_shift_(31)
+        return look_up(self.table("below_cells", position.device, torch.int32), cell).sub_(above)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class Codebook(Levels):
         return None if getattr(self, name) == tuple(range(16)) else _COLUMNS[name]
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        absmax = x.abs().amax(dim=1).float()
+        absmax = x.float().abs().amax(dim=1)
         return absmax.clamp(min=_SMALLEST_ABSMAX) if short else absmax
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
@@ -147,10 +152,10 @@ class Codebook(Levels):
         return self.rank_of(position)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return table(self.levels, params)[rank] * params[:, None]
+        return look_up(self.table("levels", rank.device), rank).mul_(params[:, None])
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return table(self.widths, params)[rank] * params[:, None]
+        return look_up(self.table("widths", rank.device), rank).mul_(params[:, None])
 
 
 @functools.cache

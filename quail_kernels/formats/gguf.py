@@ -41,8 +41,7 @@ def _reciprocal(d: torch.Tensor) -> torch.Tensor:
 
 
 def _round_half_up(position: torch.Tensor, zero: float) -> torch.Tensor:
-    shifted = position + (zero + 0.5)
-    return shifted.masked_fill(~(shifted < torch.inf), 0).clamp(0, 15).to(torch.int32)
+    return position.add_(zero + 0.5).nan_to_num_(nan=0, posinf=0).clamp_(0, 15).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,11 @@ class Q4_0(Format):
         return _round_half_up(x.float() * _reciprocal(params)[:, None], 8)
 
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return torch.where(params[:, None] < 0, 16 - rank, rank)
+        mirrored = (params < 0).to(torch.int32)[:, None]
+        return (rank * (1 - 2 * mirrored)).add_(16 * mirrored)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return (rank - 8).float() * _through_fp16(params)[:, None]
+        return rank.float().sub_(8).mul_(_through_fp16(params)[:, None])
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params.float().abs()[:, None].expand(rank.shape)
@@ -82,17 +82,19 @@ class Q4_1(Format):
         return torch.float16
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        low, high = (end.float().masked_fill(end == 0, 0) for end in torch.aminmax(x, dim=1))
+        x = x.float()
+        # Apart they take a tenth of the time of torch.aminmax.
+        low, high = (end.masked_fill(end == 0, 0) for end in (x.amin(dim=1), x.amax(dim=1)))
         # A divisor that is no tensor would make PyTorch multiply by its reciprocal on CUDA.
         return torch.stack([(high - low) / torch.full((), 15.0, device=x.device), low], dim=1)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         d, low = params[:, :1], params[:, 1:]
-        return _round_half_up((x.float() - low) * _reciprocal(d), 0)
+        return _round_half_up((x.float() - low).mul_(_reciprocal(d)), 0)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         d, low = _through_fp16(params).split(1, dim=1)
-        return rank.float() * d + low
+        return rank.float().mul_(d).add_(low)
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params[:, :1].float().expand(rank.shape)

@@ -93,17 +93,19 @@ class Symmetric(Format):
         return torch.float32 if self.in_fp32 else dtype
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        absmax = x.abs().amax(dim=1).to(self.params_dtype(x.dtype)).clamp(min=self.smallest)
+        absmax = x.float().abs().amax(dim=1).to(self.params_dtype(x.dtype)).clamp(min=self.smallest)
         # A divisor that is no tensor would make PyTorch multiply by its reciprocal on CUDA.
         scale = absmax / torch.full_like(absmax[:1], self.divisor)
         return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
-        q = (x / params[:, None]).clamp(-8, 7).round()
-        return q.masked_fill(q.isnan(), 0).to(torch.int32) + 8
+        # In bf16 and fp16 the division alone rounds: the rest is the same in fp32, and faster.
+        position = x.float() / params.float()[:, None]
+        q = position.to(params.dtype).float().clamp_(-8, 7).round_().nan_to_num_(0)
+        return q.to(torch.int32).add_(8)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return (rank - 8).to(params.dtype) * params[:, None]
+        return rank.float().sub_(8).mul_(params.float()[:, None]).to(params.dtype)
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params[:, None].float().expand(rank.shape)
@@ -146,7 +148,8 @@ class ZeroPoint(Format):
         return torch.float16 if self.like_gptq else dtype
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        low, high = torch.aminmax(x, dim=1)
+        # Apart, and in fp32, they take a tenth of the time of torch.aminmax.
+        low, high = (end.to(x.dtype) for end in (x.float().amin(dim=1), x.float().amax(dim=1)))
         if self.zero_in_range:
             low, high = low.clamp(max=0), high.clamp(min=0)
         if self.like_gptq:
@@ -163,18 +166,18 @@ class ZeroPoint(Format):
         return torch.stack([scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps), zero_point], dim=1)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
-        position = x / params[:, :1]
-        position.masked_fill_(position.isnan(), 0)
+        scale, zero_point = params.float().split(1, dim=1)
+        position = (x.float() / scale).to(params.dtype).float().nan_to_num_(0, torch.inf, -torch.inf)
         if self.zero_point_first:
-            q = (position + params[:, 1:]).clamp_(self.lowest, self.lowest + 15).round_()
+            q = position.add_(zero_point).to(params.dtype).float().clamp_(self.lowest, self.lowest + 15).round_()
         else:
-            q = position.round_().add_(params[:, 1:]).clamp_(self.lowest, self.lowest + 15)
-        return q.to(torch.int32) - self.lowest
+            q = position.round_().add_(zero_point).clamp_(self.lowest, self.lowest + 15)
+        return q.to(torch.int32).sub_(self.lowest)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        scale, zero_point = params[:, :1], params[:, 1:]
-        level = (rank + self.lowest).to(params.dtype) - zero_point
-        return level.half() * scale.half() if self.like_gptq else level * scale
+        dtype = torch.float16 if self.like_gptq else params.dtype
+        scale, zero_point = params.float().split(1, dim=1)
+        return rank.float().add_(self.lowest).sub_(zero_point).mul_(scale.to(dtype).float()).to(dtype)
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params[:, :1].float().expand(rank.shape)
@@ -195,18 +198,18 @@ class MinMax(Format):
     levels = tuple(bucket + 0.5 for bucket in range(16))
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        low, high = torch.aminmax(x, dim=1)
         # Which of 0 and -0 is found depends on the order of the search: the sum is 0 for both.
-        low, high = low.float() + 0, high.float()
+        low, high = x.float().amin(dim=1) + 0, x.float().amax(dim=1) + 0
         return torch.stack([(high - low) / 16, low], dim=1)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         step, low = params[:, :1], params[:, 1:]
-        bucket = ((x.float() - low) / step).floor().clamp(0, 15)
-        return bucket.masked_fill(bucket.isnan(), 0).to(torch.int32)
+        bucket = (x.float() - low).div_(step).floor_().clamp_(0, 15).nan_to_num_(0)
+        return bucket.to(torch.int32)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params[:, 1:] + (rank.float() + 0.5) * params[:, :1]
+        step, low = params[:, :1], params[:, 1:]
+        return rank.float().add_(0.5).mul_(step).add_(low)
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params[:, :1].expand(rank.shape)
@@ -313,7 +316,7 @@ def minmax_fit(x, mask, absmax):
     low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
     high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
     low = tl.where(absmax == absmax, low, absmax) + 0.0
-    return (high - low) * 0.0625, low
+    return (high + 0.0 - low) * 0.0625, low
 
 
 @triton.jit

@@ -49,9 +49,10 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .._triton import tl, triton
-from .base import table, tensor_range
+from .base import look_up
 from .codebook import Levels
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -87,7 +88,7 @@ class E2M1(Levels):
         return self.codes[rank] == 8 or self.codes[rank + 1] % 2 == 0
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return table(self.widths, params)[rank] * self.unit(params)[:, None]
+        return look_up(self.table("widths", rank.device), rank).mul_(self.unit(params)[:, None])
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Mx(E2M1):
     reach: float
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        absmax = x.abs().amax(dim=1).float()
+        absmax = x.float().abs().amax(dim=1)
         if self.kind == "mx_rceil":
             # A divisor that is no tensor would make PyTorch multiply by its reciprocal on CUDA.
             bits = (absmax / torch.full((), 6.0, device=x.device)).view(torch.int32)
@@ -116,8 +117,8 @@ class Mx(E2M1):
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         position = x.float() / self.unit(params)[:, None]
         if self.kind == "mx_gguf":
-            return self.rank_of(position.masked_fill(position.abs() <= 0.25, 0))
-        return self.rank_of(position.masked_fill(_is_negative_zero(position), -0.125))
+            return self.rank_of(F.hardshrink(position, 0.25))
+        return self.rank_of(_apart_from_zero(position))
 
     def tie_goes_up(self, rank: int) -> bool:
         if self.kind == "mx_gguf":
@@ -125,7 +126,7 @@ class Mx(E2M1):
         return super().tie_goes_up(rank)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return table(self.levels, params)[rank] * params[:, None]
+        return look_up(self.table("levels", rank.device), rank).mul_(params[:, None])
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,12 @@ class NvFp4(E2M1):
     needs_tensor = True
     reach = 6.0
 
-    def fit_tensor(self, w: torch.Tensor) -> torch.Tensor | None:
-        if not w.numel():
-            return None
-        low, high = tensor_range(w)
+    def fit_range(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         absmax = torch.maximum(low.abs(), high.abs()).float().view(1)
-        return (absmax / torch.full((), 2688.0, device=w.device)).clamp(min=2.0**-121)
+        return (absmax / torch.full((), 2688.0, device=absmax.device)).clamp(min=2.0**-121)
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
-        absmax = x.abs().amax(dim=1).float()
+        absmax = x.float().abs().amax(dim=1)
         scale = absmax / torch.full((), 6.0, device=x.device) / of_tensor
         scale = scale.clamp(2.0**-6, 448.0).to(torch.float8_e4m3fn).float()
         return torch.stack([scale, of_tensor.expand_as(scale)], dim=1)
@@ -156,14 +154,18 @@ class NvFp4(E2M1):
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         scale, of_tensor = params[:, :1], params[:, 1:]
         position = x.float() * (1.0 / of_tensor / scale)
-        return self.rank_of(position.masked_fill(_is_negative_zero(position), -0.125))
+        return self.rank_of(_apart_from_zero(position))
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return table(self.levels, params)[rank] * self.unit(params)[:, None]
+        return look_up(self.table("levels", rank.device), rank).mul_(self.unit(params)[:, None])
 
 
-def _is_negative_zero(position: torch.Tensor) -> torch.Tensor:
-    return position.view(torch.int32) == -(2**31)
+def _apart_from_zero(position: torch.Tensor) -> torch.Tensor:
+    """The same positions, but for those near zero: they are moved away from it, so that -0 is below it.
+
+    No other position is so near a threshold that it notices.
+    """
+    return position + torch.full((), 1e-30, device=position.device).copysign(position)
 
 
 RECIPES = (

@@ -334,3 +334,16 @@ def test_values_are_those_of_dequantize():
     value = dequantize(codes, scales, "bnb-nf4", shape=before.shape, dtype=before.dtype)
     assert got.code_overlap > 0.999 and got.same_value == (value == fake_quant(after, "bnb-nf4")).sum()
     assert got.value_overlap < 0.2
+
+
+@pytest.mark.parametrize("scales", ["own", "before"])
+@pytest.mark.parametrize("format", ["minmax-int4", "minmax-int4@64"])
+def test_the_sign_of_a_zero_is_no_matter(format, scales):
+    zeros = torch.zeros(2, 64)
+    mixed = zeros.clone()
+    mixed[:, ::3] = -0.0
+    after = torch.linspace(-1, 2, 128).view(2, 64)
+    expected = bucket_compare(zeros, after, format, scales=scales).to_dict()
+    assert expected["predicted_flip_share"] == 1
+    for before in (-zeros, mixed, mixed.flip(1)):
+        assert bucket_compare(before, after, format, scales=scales).to_dict() == expected

@@ -1,0 +1,291 @@
+r"""What a 4-bit deployment makes of a weight update, in one pass over both tensors: for audits.
+
+It counts what ``bucket_compare`` counts, on each tensor's own scales and on the grid of the weights before, and what
+of the update is delivered. With q(w) what a weight dequantizes to on its own scales, rounded to the model's dtype,
+
+    dw = w_after - w_before          dq = q(w_after) - q(w_before)
+
+    delivered_cosine = sum(dw dq) / sqrt(sum dw^2 sum dq^2)      how much of what arrives is the update
+    delivered_norm   = sqrt(sum dq^2 / sum dw^2)                 how large what arrives is
+    delivered_share  = sum(dw dq) / sum dw^2                     how much of the update is in what arrives
+
+An update that is delivered whole has 1, 1, 1; in one that is delivered by a few weights that jump a whole step,
+share stays near 1 while the cosine falls. The pass also counts how large |dw| is against the width s of the bucket
+that w_before lies in, by powers of two.
+
+It is written for CPU cores, in operations on as many weights as a core's cache holds, and runs on any device. Several
+threads may call it at once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .bucket_compare import BINS, BucketComparison, Change, code_distances, place_and_value, step_of
+from .formats import Format, check_weight, chunk_size, get_format, group_rows, group_spans, tensor_range
+
+Range = tuple[torch.Tensor, torch.Tensor]
+_LONGEST_PERIOD = 1 << 20
+
+# |dw| / s: 0, below 2^-16, two bins an octave, 2 and more.
+_LOWEST, _HIGHEST = -16, 1
+STEP_EDGES = (
+    *(2.0**k * m for k in range(_LOWEST, _HIGHEST) for m in (1, 1.5)),
+    2.0**_HIGHEST,
+)
+# fp32 keeps 2^k as (k + 127) << 23: without 22 bits, what is left counts half octaves.
+_FIRST_BIN, _LAST_BIN = 2 * (127 + _LOWEST) - 1, 2 * (127 + _HIGHEST)
+_SUMS = ("sum_square_change", "sum_square_delivered", "sum_change_delivered")
+
+
+@dataclass(frozen=True)
+class UpdateComparison:
+    """What ``compare_update`` found: tensors on the device of the weights. Nothing synchronises but ``to_dict()``
+    and ``step_quantiles()``, once. ``a + b`` is the comparison of both updates together.
+
+    Attributes:
+        own: as of ``bucket_compare(scales="own")``.
+        before_grid: as of ``bucket_compare(scales="before")``.
+        sum_square_change, sum_square_delivered, sum_change_delivered: fp64, of dw^2, dq^2 and dw dq.
+        step_histogram: int64 [37], how many weights have |dw| / s = 0 (dw = 0, whatever s is), below
+            ``STEP_EDGES[0]``, from each edge to the next, and from the last on; there a NaN counts, too.
+    """
+
+    own: BucketComparison
+    before_grid: BucketComparison
+    sum_square_change: torch.Tensor
+    sum_square_delivered: torch.Tensor
+    sum_change_delivered: torch.Tensor
+    step_histogram: torch.Tensor
+
+    @property
+    def delivered_cosine(self) -> torch.Tensor:
+        """0 where nothing is delivered of a change; NaN where there is no change to deliver."""
+        lengths = self.sum_square_change.sqrt() * self.sum_square_delivered.sqrt()
+        nothing = (self.sum_square_delivered == 0) & (self.sum_square_change > 0)
+        return (self.sum_change_delivered / lengths).masked_fill(nothing, 0)
+
+    @property
+    def delivered_norm(self) -> torch.Tensor:
+        """NaN where there is no change; infinite where a scale moved and no weight did."""
+        return (self.sum_square_delivered / self.sum_square_change).sqrt()
+
+    @property
+    def delivered_share(self) -> torch.Tensor:
+        """NaN where there is no change."""
+        return self.sum_change_delivered / self.sum_square_change
+
+    def __add__(self, other: "UpdateComparison") -> "UpdateComparison":
+        if not isinstance(other, UpdateComparison):
+            return NotImplemented
+        device = self.step_histogram.device
+        added = {name: getattr(self, name) + getattr(other, name).to(device) for name in (*_SUMS, "step_histogram")}
+        return UpdateComparison(self.own + other.own, self.before_grid + other.before_grid, **added)
+
+    def step_quantiles(self, shares: Sequence[float]) -> list[float]:
+        """The |dw| / s that this share of the weights does not exceed, NaN of no weights; one synchronisation.
+
+        It is read off the histogram: within its bin, a third of it or half, it is interpolated evenly. From 2 on
+        it is 2.
+        """
+        counts = self.step_histogram.tolist()
+        edges = (0.0, 0.0, *STEP_EDGES, STEP_EDGES[-1])
+        return [_quantile(counts, edges, share) for share in shares]
+
+    def to_dict(self) -> dict:
+        """Every count, sum and share as Python numbers, with one synchronisation: ``own`` and ``before_grid`` as
+        ``BucketComparison.to_dict()`` gives them."""
+        names = ("delivered_cosine", "delivered_norm", "delivered_share", *_SUMS)
+        parts = (
+            self.own.numbers(),
+            self.before_grid.numbers(),
+            torch.stack([getattr(self, name) for name in names]),
+            self.step_histogram.double(),
+        )
+        own, before_grid, numbers, histogram = (
+            part.tolist() for part in torch.cat(parts).cpu().split([len(part) for part in parts])
+        )
+        row = {"own": self.own.row(own), "before_grid": self.before_grid.row(before_grid)}
+        row |= dict(zip(names, numbers, strict=True))
+        return row | {"step_histogram": [int(count) for count in histogram]}
+
+
+def _quantile(counts: list[int], edges: tuple[float, ...], share: float) -> float:
+    """edges[i] to edges[i + 1] is the bin of counts[i]."""
+    rank = share * sum(counts)
+    below = 0
+    for i, count in enumerate(counts):
+        if count and below + count >= rank:
+            return edges[i] + (edges[i + 1] - edges[i]) * (rank - below) / count
+        below += count
+    return math.nan
+
+
+class _Tally:
+    """What one recipe's comparisons of chunks add up to."""
+
+    def __init__(self, recipe: Format, before: Range | None, after: Range | None):
+        self.recipe, self._ranges = recipe, (before, after)
+        of = [recipe.fit_range(*ends) if ends and recipe.looks_at_tensor else None for ends in self._ranges]
+        self._of_before, self._of_after = of
+        self.counts, self.sums, self.tops, self.distances, self.sizes = [], [], [], [], []
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, short: bool, change: Change) -> None:
+        """One chunk, its groups as rows."""
+        recipe, dtype = self.recipe, x.dtype
+        params, own_params = recipe.params(x, short, self._of_before), recipe.params(y, short, self._of_after)
+        x, y = change.before.view(x.shape), change.after.view(x.shape)
+        rank = recipe.rank(x, params, short)
+        self._add_steps(change, step_of(recipe, rank, params))
+        bucket, value = place_and_value(recipe, rank, params, dtype)
+        del rank
+        is_equal = torch.empty_like(value)
+        counts = [torch.eq(value, change.before, out=is_equal).sum()]
+        for y_params in (params, own_params):
+            y_bucket, y_value = place_and_value(recipe, recipe.rank(y, y_params, short), y_params, dtype)
+            counts.append(torch.eq(y_value, value, out=is_equal).sum())
+            self.distances.append(code_distances(bucket, y_bucket))
+        delivered = y_value.sub_(value)
+        self.counts += [*counts, change.is_zero_group(x.shape[1]).sum(dtype=torch.float32), change.n_unchanged]
+        products = torch.dot(delivered, delivered), torch.dot(change.signed, delivered), change.sum_square
+        self.sums += [change.sum_size, *(product.double() for product in products)]
+        self.tops.append(change.size.amax())
+
+    def _add_steps(self, change: Change, step: torch.Tensor) -> None:
+        self.counts.append(change.is_below_half(step).sum())
+        in_steps = change.in_steps(step)
+        half_octaves = (in_steps.view(torch.int32) >> 22).clamp_(_FIRST_BIN, _LAST_BIN).sub_(_FIRST_BIN)
+        self.sizes.append(torch.bincount(half_octaves.to(torch.uint8), minlength=_LAST_BIN - _FIRST_BIN + 1))
+        self.sums.append(in_steps.clamp_(max=1).sum(dtype=torch.float64))
+
+    def result(self, n: int, starts: bool, device: torch.device) -> UpdateComparison:
+        chunks = len(self.tops)
+        if chunks:
+            # A chunk's counts are below 2^24, and so exact in fp32.
+            counts = torch.stack(self.counts).view(chunks, -1).sum(dim=0, dtype=torch.float64).long()
+            sums = torch.stack(self.sums).view(chunks, -1).sum(dim=0)
+            # By their bits NaN is above infinity.
+            top = torch.stack(self.tops).view(torch.int32).amax().view(torch.float32).double()
+            same_distance, own_distance = torch.stack(self.distances).view(chunks, 2, BINS).sum(dim=0)
+            sizes = torch.stack(self.sizes).sum(dim=0)
+        else:
+            counts, sums = (torch.zeros(k, dtype=d, device=device) for k, d in ((6, torch.int64), (5, torch.float64)))
+            top = torch.zeros((), dtype=torch.float64, device=device)
+            same_distance = own_distance = torch.zeros(BINS, dtype=torch.int64, device=device)
+            sizes = torch.zeros(_LAST_BIN - _FIRST_BIN + 1, dtype=torch.int64, device=device)
+        below_half_step, on_grid, same_value, own_value, zero_groups, unchanged = counts.unbind()
+        groups = self.recipe.groups(n)
+        if self.recipe.group_size is None:
+            # The group is counted with the block that starts the tensor: it is zero where all of the tensor is.
+            groups = groups if starts else 0
+            zero_groups = torch.zeros_like(zero_groups)
+            if groups:
+                ends = torch.stack([end.float() for ends in self._ranges for end in ends])
+                zero_groups = (ends == 0).all().long()
+        common = {
+            "total": n,
+            "groups": groups,
+            "on_grid": on_grid,
+            "zero_groups": zero_groups,
+            "below_half_step": below_half_step,
+            "sum_abs_change": sums[1],
+            "max_abs_change": top,
+            "sum_flip_law": sums[0],
+        }
+        sizes = torch.cat([unchanged.view(1), sizes])
+        sizes[1] -= unchanged
+        return UpdateComparison(
+            BucketComparison(code_distance=own_distance, same_value=own_value, **common),
+            BucketComparison(code_distance=same_distance, same_value=same_value, **common),
+            sum_square_change=sums[4],
+            sum_square_delivered=sums[2],
+            sum_change_delivered=sums[3],
+            step_histogram=sizes,
+        )
+
+
+def join_ranges(a: Range, b: Range) -> Range:
+    """(smallest, largest) weight of two blocks together, NaN where one has one."""
+    return torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])
+
+
+def compare_updates(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    formats: Sequence[str],
+    *,
+    range_before: Range | None = None,
+    range_after: Range | None = None,
+    starts: bool = True,
+) -> dict[str, UpdateComparison]:
+    """``compare_update`` for several formats, by name, which share what does not depend on the format."""
+    recipes = {format: get_format(format) for format in formats}
+    for recipe in recipes.values():
+        check_weight("before", before, recipe)
+    for name in ("shape", "dtype", "device"):
+        expected, got = getattr(before, name), getattr(after, name)
+        if expected != got:
+            raise ValueError(f"after: expected the {name} of before, {expected}; got {got}")
+    for name, w in (("before", before), ("after", after)):
+        if not w.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous block; got strides {w.stride()} of {tuple(w.shape)}")
+    if (range_before is None) != (range_after is None):
+        raise ValueError("range_before, range_after: expected both or none; got one")
+    n = before.numel()
+    if range_before is None and n and any(recipe.looks_at_tensor for recipe in recipes.values()):
+        range_before, range_after = tensor_range(before), tensor_range(after)
+    tallies = {format: _Tally(recipe, range_before, range_after) for format, recipe in recipes.items()}
+    x, y = before.detach().view(-1), after.detach().view(-1)
+    sizes = [recipe.group_size for recipe in recipes.values() if recipe.group_size] or [1]
+    # Where the groups of all recipes start together.
+    period, common = math.lcm(*sizes), math.gcd(*sizes)
+    if period > _LONGEST_PERIOD:
+        period = n + 1
+    main = n // period * period
+    stride = chunk_size(period)
+    for start in range(0, main, stride):
+        chunk = slice(start, min(start + stride, main))
+        change = Change(x[chunk], y[chunk], common)
+        for tally in tallies.values():
+            tally.add(*(group_rows(w[chunk], tally.recipe, False) for w in (x, y)), False, change)
+    for tally in tallies.values():
+        for span, _, short in group_spans(n - main, tally.recipe):
+            rows = [group_rows(w[main:][span], tally.recipe, short) for w in (x, y)]
+            tally.add(*rows, short, Change(*rows, rows[0].shape[1]))
+    return {format: tally.result(n, starts, before.device) for format, tally in tallies.items()}
+
+
+def compare_update(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    format: str,
+    *,
+    range_before: Range | None = None,
+    range_after: Range | None = None,
+    starts: bool = True,
+) -> UpdateComparison:
+    """Compares a tensor, or one block of it, before and after an update.
+
+    Args:
+        before, after: float32, bfloat16 or float16, contiguous, of one shape, dtype and device: that of the
+            deployment, as for ``bucket_compare``. A block starts with a group, and ends with one or with its
+            tensor. The results of blocks are added.
+        format: a recipe of ``FORMATS``, as ``"bnb-nf4"`` or, with its group size, ``"ct-int4-sym@64"``.
+        range_before, range_after: the smallest and largest weight of the whole tensors, which a recipe that looks at
+            the tensor needs (``Format.looks_at_tensor``: ``minmax-int4`` and ``nvfp4``): what ``torch.aminmax``
+            gives for each block, put together by ``join_ranges``. None takes the block for the tensor.
+        starts: whether the block is the tensor's first. A group that is the whole tensor is counted with that one.
+
+    Returns:
+        An UpdateComparison. Counts are those of ``bucket_compare``, bit for bit; sums are in fp64, and of blocks
+        may differ in the last bits from those of the tensor. NaN and infinity count as there, and make the sums
+        of the delivered update NaN or infinite.
+
+    Raises:
+        ValueError: on an unknown format, a group size that does not divide the last dimension where it has to,
+            another dtype, blocks that do not match or are not contiguous, or one range without the other.
+    """
+    ranges = {"range_before": range_before, "range_after": range_after}
+    return compare_updates(before, after, [format], **ranges, starts=starts)[format]
