@@ -5,6 +5,7 @@ one has no speed; only then is it timed.
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,9 @@ def needs(module: str, fn: Callable) -> Peer:
 
 
 def import_peer(module: str) -> Any:
+    # torchao tells of its GPU libraries and of its enums where they are not to its liking.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return importlib.import_module(module)
     except ImportError as error:

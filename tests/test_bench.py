@@ -90,7 +90,7 @@ def test_rows_of_the_dry_run(dry):
             assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] < 60_000
             assert row["gb_s"] == pytest.approx(case.useful_bytes / row["p50_ms"] / 1e6)
             assert row["percent_of_copy"] == pytest.approx(100 * row["gb_s"] / document["roof"]["copy_gb_s"])
-            assert row["peak_extra_bytes"] is None, "the allocator of the CPU keeps no books"
+            assert 0 <= row["peak_extra_bytes"] < 1 << 30
             others = [other["p50_ms"] for other in by_peer.values() if other is not row]
             assert row["times_best"] == pytest.approx(row["p50_ms"] / min(others))
             if case.op != "logit_margin_hinge" and row["peer"] in ("quail", "eager"):
@@ -385,7 +385,7 @@ def test_meter_asks_cuda_as_it_does_the_cpu(monkeypatch):
         "empty_cache": lambda: calls.append("empty"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    meter = Meter(torch.device("cpu"))
+    meter = Meter(torch.device("cpu"), dry=True)
     meter._cuda = True
     assert meter.free_bytes() == 2**26 + 4000
     assert meter.peak_extra_bytes(lambda: calls.append("call")) == 700

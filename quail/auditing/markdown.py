@@ -18,9 +18,10 @@ def markdown(report: AuditReport) -> str:
 def _lines(report: AuditReport) -> Iterator[str]:
     yield "# Audit in 4 bits"
     yield ""
-    yield f"- BEFORE: `{report.before}`, {', '.join(report.stored_before)}"
-    yield f"- AFTER: `{report.after}`, {', '.join(report.stored_after)}"
-    yield from _wrap(f"- compared in {report.dtype}, as a deployment loads them", indent="  ")
+    yield f"- BEFORE: `{report.before}`"
+    yield f"- AFTER: `{report.after}`"
+    stored = " and ".join(dict.fromkeys(", ".join(side) for side in (report.stored_before, report.stored_after)))
+    yield from _wrap(f"- compared in {report.dtype}, as a deployment loads them; stored as {stored}", indent="  ")
     yield from _wrap(f"- linear weights chosen by {report.selected_by}", indent="  ")
     yield ""
     yield from _wrap(report.verdict)
@@ -54,7 +55,7 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield "Delivered of the update dw, as the change dq of the deployed values:"
     yield ""
     yield from _table(
-        ("recipe", "share %", "cosine", "dq/dw", "lost", "layers", "dw/s p50", "p99"),
+        ("recipe", "share %", "cosine", "dq/dw", "lost", "layers", "p50", "p99"),
         [
             (
                 recipe,
