@@ -136,7 +136,11 @@ def measure_case(
             return
         yield "peer", peer
         if inputs is None:
-            inputs = case.inputs(meter.device)
-            expected = case.expected(inputs)
+            try:
+                inputs = case.inputs(meter.device)
+                expected = case.expected(inputs)
+            except Absent as error:
+                yield "row", {"peer": peer, "outcome": "absent", "reason": str(error)}
+                continue
         yield "row", measure_peer(case, peer, inputs, expected, meter, seconds)
     torch.compiler.reset()

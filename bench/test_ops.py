@@ -29,8 +29,8 @@ def meter():
     ],
 )
 def test_op(benchmark, meter, case, peer):
-    inputs = case.inputs(meter.device)
     try:
+        inputs = case.inputs(meter.device)
         call = case.peers[peer](inputs, meter.compile_backend)
     except Absent as absent:
         pytest.skip(str(absent))
