@@ -203,7 +203,10 @@ class Change:
 
     def is_zero_group(self, group_size: int) -> torch.Tensor:
         """By group of that many weights, whether all are zero in both tensors."""
-        return self._largest.view(-1, group_size // self._group_size).amax(dim=1) == 0
+        largest = self._largest
+        if group_size != self._group_size:
+            largest = largest.view(-1, group_size // self._group_size).amax(dim=1)
+        return largest == 0
 
 
 def place_and_value(
@@ -211,7 +214,7 @@ def place_and_value(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(places of the buckets on the number line in int8, what they dequantize to in ``dtype``, as fp32), flat."""
     value = recipe.value(rank, params).to(dtype).float()
-    return recipe.bucket(rank, params).to(torch.int8).view(-1), value.view(-1)
+    return recipe.bucket(rank, params).view(-1), value.view(-1)
 
 
 def step_of(recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -220,14 +223,17 @@ def step_of(recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> torch.T
     return step if step.stride(1) else step[:, :1]
 
 
-def code_distances(bucket: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """int64 [16]: how many weights are that many buckets apart, 15 and more as 15; both int8."""
+def count_distances(counts: list[int], bucket: torch.Tensor, other: torch.Tensor) -> None:
+    """Adds to counts[k] how many weights are k buckets apart, 15 and more as 15; the places of buckets are int8."""
     distance = (other - bucket).abs_()
-    if distance.is_cuda or distance.amax() > 1:
-        return torch.bincount(distance.clamp_(max=BINS - 1).view(torch.uint8), minlength=BINS)
-    # So it is with most updates, and bincount, which waits for the last count of the same number, is slow with that.
-    moved = distance.sum(dtype=torch.float32)
-    return torch.stack([distance.numel() - moved, moved, *[torch.zeros_like(moved)] * (BINS - 2)]).long()
+    if distance.amax() <= 1:
+        # So it is with most updates, where bincount is slow: it waits for the last count of the same number.
+        moved = int(distance.sum(dtype=torch.float32))
+        counts[0] += len(distance) - moved
+        counts[1] += moved
+        return
+    found = torch.bincount(distance.clamp_(max=BINS - 1).view(torch.uint8), minlength=BINS).tolist()
+    counts[:] = map(int.__add__, counts, found)
 
 
 def _bucket_compare_torch(
@@ -240,7 +246,7 @@ def _bucket_compare_torch(
     group_same = torch.zeros(recipe.groups(before.numel()) if per_group else 0, dtype=torch.int64, device=device)
     of_before = recipe.fit_tensor(before)
     of_after = of_before if shared_scales else recipe.fit_tensor(after)
-    chunks = 0
+    chunks, code_distance = 0, [0] * BINS
     for (_, groups, x, short), (_, _, y, _) in zip(
         group_chunks(before, recipe), group_chunks(after, recipe), strict=True
     ):
@@ -256,7 +262,7 @@ def _bucket_compare_torch(
         counts[1] += change.is_below_half(step).sum().long()
         counts[2] += value.eq_(change.before).sum().long()
         counts[3] += change.is_zero_group(x.shape[1]).sum()
-        counts[len(_COUNTS) :] += code_distances(bucket, y_bucket)
+        count_distances(code_distance, bucket, y_bucket)
         sums[0] += change.sum_size
         sums[1] += change.in_steps(step).clamp_(max=1).sum(dtype=torch.float64)
         top = torch.maximum(top, change.size.amax().view(torch.int32))
@@ -265,6 +271,7 @@ def _bucket_compare_torch(
             group_same[groups] += (y_bucket == bucket).view(x.shape).sum(dim=1)
     if recipe.group_size is None and chunks:
         counts[3] = (counts[3] == chunks).long()
+    counts[len(_COUNTS) :] = torch.tensor(code_distance)
     return counts, sums, top, group_same
 
 

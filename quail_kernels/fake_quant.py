@@ -29,6 +29,7 @@ from .formats import (
     group_chunks,
     group_rows,
     group_spans,
+    look_up,
 )
 from .formats.tiles import (
     launch_options,
@@ -52,7 +53,7 @@ def _fake_quant_torch(w: torch.Tensor, recipe: Format) -> torch.Tensor:
     of_tensor = recipe.fit_tensor(w)
     for span, _, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
-        w_q.view(-1)[span] = recipe.value(recipe.rank(x, params, short), params).view(-1)
+        w_q.view(-1)[span] = recipe.nearest(x, params, short).view(-1)
     return w_q
 
 
@@ -61,11 +62,10 @@ def _quantize_torch(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torc
     of_tensor = recipe.fit_tensor(w)
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
-    code_by_rank = torch.tensor(recipe.codes, dtype=torch.uint8, device=w.device)
     for span, groups, x, short in group_chunks(w, recipe):
         params = recipe.params(x, short, of_tensor)
         scales[groups] = params
-        code = code_by_rank[recipe.rank(x, params, short)].view(-1)
+        code = look_up(recipe.table("codes", w.device, torch.uint8), recipe.rank(x, params, short)).view(-1)
         if len(code) % 2:
             code = torch.cat([code, code.new_tensor([recipe.pad_code])])
         codes[_packed(span)] = code[0::2] << 4 | code[1::2]
@@ -76,11 +76,11 @@ def _dequantize_torch(
     codes: torch.Tensor, scales: torch.Tensor, recipe: Format, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
     w_q = torch.empty(shape, dtype=dtype, device=codes.device)
-    rank_by_code = torch.tensor(recipe.codes, device=codes.device).argsort()
+    rank_by_code = torch.tensor(recipe.codes, device=codes.device).argsort().int()
     for span, groups, short in group_spans(w_q.numel(), recipe):
         packed = codes[_packed(span)]
         code = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: span.stop - span.start]
-        rank = rank_by_code[group_rows(code, recipe, short).int()]
+        rank = look_up(rank_by_code, group_rows(code, recipe, short).int())
         w_q.view(-1)[span] = recipe.value(rank, scales[groups]).view(-1)
     return w_q
 

@@ -40,7 +40,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_V = 4096
-_CHUNK = 1 << 20
+_CHUNK, _LARGEST_CHUNK = 1 << 16, 1 << 20
 # lse, shift = lse - lse_ref, weight of the gradient, slope = sum of dh/dd where it is needed (log_probs), and for
 # linf the z - z_ref above or below which |d| is largest.
 _STATS = 6
@@ -52,9 +52,9 @@ def _as_3d(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_chunks(shape: torch.Size):
-    """Pieces of about a million logits: (batch index, slice of its tokens, slice of all tokens)."""
+    """Pieces that the caches of PyTorch's threads hold: (batch index, slice of its tokens, slice of all tokens)."""
     batch, tokens, vocab = shape
-    stride = max(_CHUNK // vocab, 1)
+    stride = max(min(_CHUNK * torch.get_num_threads(), _LARGEST_CHUNK) // vocab, 1)
     for b in range(batch):
         for start in range(0, tokens, stride):
             stop = min(start + stride, tokens)
@@ -68,7 +68,9 @@ def _kept(labels: torch.Tensor | None, ignore_index: int, rows: slice, like: tor
 
 
 def _sign_or_nan(d: torch.Tensor) -> torch.Tensor:
-    return torch.where(d.isnan(), d, d.sign())
+    # torch.sign gives 0 for NaN, and on the CPU torch.where takes five times as long as arithmetic.
+    huge = torch.finfo(d.dtype).max
+    return (d * huge).mul_(huge).clamp_(-1, 1)
 
 
 def _margin_hinge_fwd_torch(
@@ -89,17 +91,21 @@ def _margin_hinge_fwd_torch(
     for b, tokens, rows in _row_chunks(z3.shape):
         kept = _kept(labels, ignore_index, rows, z3)
         z, z_ref = z3[b, tokens].to(dtype), ref3[b, tokens].to(dtype)
-        e, lse, shift = z - z_ref, torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
+        d, lse, shift = z - z_ref, torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
+        e = d
         above, below = torch.full_like(lse, math.inf), torch.full_like(lse, -math.inf)
         if space == "log_probs":
             lse = z.logsumexp(dim=1)
             shift = lse - z_ref.logsumexp(dim=1)
-        d = e - shift[:, None]
+            d = e - shift[:, None]
         if norm == "per_logit":
-            h = (margin - d.abs()).clamp(min=0).mean(dim=1)
+            size = d.abs()
+            h = (margin - size).clamp_(min=0).mean(dim=1)
             weight = torch.full_like(h, 1 / vocab)
-            count = (d.abs() < margin).sum(dim=1)
-            slope = -weight * _sign_or_nan(d).masked_fill(d.abs() >= margin, 0).sum(dim=1)
+            is_inside = torch.lt(size, margin, out=size)
+            count = is_inside.sum(dim=1)
+            if space == "log_probs":
+                slope = -weight * _sign_or_nan(d).mul_(is_inside).sum(dim=1)
         elif norm == "l2":
             length = torch.linalg.vector_norm(d, dim=1)
             count = length < margin
@@ -124,7 +130,7 @@ def _margin_hinge_fwd_torch(
             weight = _sign_or_nan(d_label).masked_fill(d_label.abs() >= margin, 0)
             slope = -weight
         if space == "logits":
-            slope = torch.zeros_like(slope)
+            slope = torch.zeros_like(h)
         hinge[rows] = h.where(kept, 0)
         active[rows] = count.where(kept, 0).int()
         stats[rows] = torch.stack([lse, shift, weight, slope, above, below], dim=1).where(kept[:, None], 0)
@@ -145,13 +151,16 @@ def _margin_hinge_bwd_torch(
 ) -> None:
     out3, z3, ref3 = _as_3d(out), _as_3d(logits), _as_3d(ref_logits)
     for b, tokens, rows in _row_chunks(z3.shape):
-        kept = _kept(labels, ignore_index, rows, z3)[:, None]
+        kept = _kept(labels, ignore_index, rows, z3)
         lse, shift, weight, slope, above, below = stats[rows, :, None].unbind(1)
         z = z3[b, tokens].to(stats.dtype)
-        e = z - ref3[b, tokens].to(stats.dtype)
-        d = e - shift
+        e = d = z - ref3[b, tokens].to(stats.dtype)
+        if space == "log_probs":
+            d = e - shift
         if norm == "per_logit":
-            g = (-weight * _sign_or_nan(d)).masked_fill(d.abs() >= margin, 0)
+            is_inside = d.abs()
+            torch.lt(is_inside, margin, out=is_inside)
+            g = _sign_or_nan(d).mul_(is_inside).mul_(-weight)
         elif norm == "l2":
             g = -weight * d
         elif norm == "linf":
@@ -160,8 +169,10 @@ def _margin_hinge_bwd_torch(
             vocab = torch.arange(z.shape[1], device=z.device)
             g = torch.where(vocab == labels[rows, None], -weight, 0)
         if space == "log_probs":
-            g -= (z - lse).exp() * slope
-        out3[b, tokens] = (g * grad_hinge[rows, None]).where(kept, 0).to(out.dtype)
+            g -= (z - lse).exp_().mul_(slope)
+        out3[b, tokens] = g.mul_(grad_hinge[rows, None])
+        if labels is not None:
+            out3[b, tokens][~kept] = 0
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .bucket_compare import BINS, BucketComparison, Change, code_distances, place_and_value, step_of
+from .bucket_compare import BINS, BucketComparison, Change, count_distances, place_and_value, step_of
 from .formats import Format, check_weight, chunk_size, get_format, group_rows, group_spans, tensor_range
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -130,7 +130,8 @@ class _Tally:
         self.recipe, self._ranges = recipe, (before, after)
         of = [recipe.fit_range(*ends) if ends and recipe.looks_at_tensor else None for ends in self._ranges]
         self._of_before, self._of_after = of
-        self.counts, self.sums, self.tops, self.distances, self.sizes = [], [], [], [], []
+        self.counts, self.sums, self.products, self.tops, self.sizes = [], [], [], [], []
+        self.same_distance, self.own_distance = [0] * BINS, [0] * BINS
 
     def add(self, x: torch.Tensor, y: torch.Tensor, short: bool, change: Change) -> None:
         """One chunk, its groups as rows."""
@@ -143,14 +144,14 @@ class _Tally:
         del rank
         is_equal = torch.empty_like(value)
         counts = [torch.eq(value, change.before, out=is_equal).sum()]
-        for y_params in (params, own_params):
+        for y_params, distance in ((params, self.same_distance), (own_params, self.own_distance)):
             y_bucket, y_value = place_and_value(recipe, recipe.rank(y, y_params, short), y_params, dtype)
             counts.append(torch.eq(y_value, value, out=is_equal).sum())
-            self.distances.append(code_distances(bucket, y_bucket))
+            count_distances(distance, bucket, y_bucket)
         delivered = y_value.sub_(value)
         self.counts += [*counts, change.is_zero_group(x.shape[1]).sum(dtype=torch.float32), change.n_unchanged]
-        products = torch.dot(delivered, delivered), torch.dot(change.signed, delivered), change.sum_square
-        self.sums += [change.sum_size, *(product.double() for product in products)]
+        self.sums.append(change.sum_size)
+        self.products += [change.sum_square, torch.dot(delivered, delivered), torch.dot(change.signed, delivered)]
         self.tops.append(change.size.amax())
 
     def _add_steps(self, change: Change, step: torch.Tensor) -> None:
@@ -168,12 +169,12 @@ class _Tally:
             sums = torch.stack(self.sums).view(chunks, -1).sum(dim=0)
             # By their bits NaN is above infinity.
             top = torch.stack(self.tops).view(torch.int32).amax().view(torch.float32).double()
-            same_distance, own_distance = torch.stack(self.distances).view(chunks, 2, BINS).sum(dim=0)
+            products = torch.stack(self.products).view(chunks, -1).sum(dim=0, dtype=torch.float64)
             sizes = torch.stack(self.sizes).sum(dim=0)
         else:
-            counts, sums = (torch.zeros(k, dtype=d, device=device) for k, d in ((6, torch.int64), (5, torch.float64)))
+            counts = torch.zeros(6, dtype=torch.int64, device=device)
+            sums, products = (torch.zeros(k, dtype=torch.float64, device=device) for k in (2, 3))
             top = torch.zeros((), dtype=torch.float64, device=device)
-            same_distance = own_distance = torch.zeros(BINS, dtype=torch.int64, device=device)
             sizes = torch.zeros(_LAST_BIN - _FIRST_BIN + 1, dtype=torch.int64, device=device)
         below_half_step, on_grid, same_value, own_value, zero_groups, unchanged = counts.unbind()
         groups = self.recipe.groups(n)
@@ -196,12 +197,11 @@ class _Tally:
         }
         sizes = torch.cat([unchanged.view(1), sizes])
         sizes[1] -= unchanged
+        own_distance, same_distance = torch.tensor([self.own_distance, self.same_distance], device=device)
         return UpdateComparison(
             BucketComparison(code_distance=own_distance, same_value=own_value, **common),
             BucketComparison(code_distance=same_distance, same_value=same_value, **common),
-            sum_square_change=sums[4],
-            sum_square_delivered=sums[2],
-            sum_change_delivered=sums[3],
+            **dict(zip(_SUMS, products, strict=True)),
             step_histogram=sizes,
         )
 

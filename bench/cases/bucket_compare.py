@@ -14,7 +14,8 @@ from quail_kernels.formats import Format
 
 from ..case import Case, Check
 from ..models import LLAMA_3_8B, SMOLLM2_135M, Model
-from .weights import EXACT, OTHERS_MAY_DIFFER, bnb_options, peers, ranked, weight
+from .plain_recipes import buckets, quantized, values
+from .weights import EXACT, OTHERS_MAY_DIFFER, bnb_options, peers, weight
 
 _COMPILED = ("bnb-nf4", "ct-int4-sym")
 
@@ -32,11 +33,11 @@ def _quail(before: torch.Tensor, after: torch.Tensor, format: str) -> tuple[torc
 
 
 def _eager(before: torch.Tensor, after: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, ...]:
-    (rank, params), (rank_after, params_after) = (ranked(w, recipe) for w in (before, after))
-    value, value_after = recipe.value(rank, params), recipe.value(rank_after, params_after)
+    (rank, params), (rank_after, params_after) = (quantized(w, recipe) for w in (before, after))
+    value, value_after = values(rank, params, recipe), values(rank_after, params_after, recipe)
     same_value = (value.to(before.dtype) == value_after.to(before.dtype)).sum()
     change = (after.float() - before.float()).abs()
-    same_bucket = recipe.bucket(rank, params) == recipe.bucket(rank_after, params_after)
+    same_bucket = buckets(rank, params, recipe) == buckets(rank_after, params_after, recipe)
     return same_bucket.sum(), same_value, change.mean(dtype=torch.float64)
 
 

@@ -10,14 +10,14 @@ from quail_kernels.formats import Format
 
 from ..case import Case, Peer, import_peer
 from ..models import LLAMA_3_8B, LLAMA_32_1B, SMOLLM2_135M, Model
-from .weights import bnb_options, judge_values, peers, ranked, weight
+from .plain_recipes import quantized, values
+from .weights import bnb_options, judge_values, peers, weight
 
 _COMPILED = ("bnb-nf4", "ct-int4-sym")
 
 
 def _eager(w: torch.Tensor, recipe: Format) -> torch.Tensor:
-    rank, params = ranked(w, recipe)
-    return recipe.value(rank, params).to(w.dtype).view(w.shape)
+    return values(*quantized(w, recipe), recipe).to(w.dtype).view(w.shape)
 
 
 def _bitsandbytes(bnb, w: torch.Tensor, recipe: Format) -> torch.Tensor:

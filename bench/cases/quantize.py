@@ -10,13 +10,14 @@ from quail_kernels.formats import Format
 
 from ..case import Case, Check
 from ..models import LLAMA_3_8B, Model
-from .weights import bnb_options, judge, judge_values, peers, ranked, weight
+from .plain_recipes import quantized, values
+from .weights import bnb_options, judge, judge_values, peers, weight
 
 _DTYPE = torch.bfloat16
 
 
 def _eager_quantize(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    rank, params = ranked(w, recipe)
+    rank, params = quantized(w, recipe)
     codes = torch.tensor(recipe.codes, dtype=torch.uint8, device=w.device)[rank].view(-1)
     return codes[0::2] << 4 | codes[1::2], params.to(recipe.params_dtype(w.dtype))
 
@@ -26,7 +27,7 @@ def _eager_dequantize(
 ) -> torch.Tensor:
     code = torch.stack([codes >> 4, codes & 15], dim=1).view(-1, recipe.group_size or 2 * codes.numel())
     rank = torch.tensor(recipe.codes, device=codes.device).argsort()[code.int()]
-    return recipe.value(rank, scales).to(_DTYPE).view(shape)
+    return values(rank, scales, recipe).to(_DTYPE).view(shape)
 
 
 def _bitsandbytes_quantize(bnb, w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
-"""What the cases on weights share: the tensors, the plain PyTorch forms and how an answer is judged.
+"""What the cases on weights share: the tensors, the peers and how an answer is judged.
 
-The plain forms are the recipes' arithmetic over the whole tensor at once, as one writes it without this package.
 Answers are judged by the op's CPU reference. Ours and the plain form have to be equal to it bit for bit; any
 other peer, whose library or compiler rounds otherwise, may give another bucket to 2 % of the weights.
 """
@@ -22,14 +21,6 @@ _BNB_TYPES = {"bnb-nf4": "nf4", "bnb-fp4": "fp4"}
 def weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(0)
     return (torch.randn(shape, generator=generator, device=device) * 0.02).to(dtype)
-
-
-def ranked(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rank [groups, group_size], parameters)."""
-    flat = w.reshape(-1)
-    x = flat.view(-1, recipe.group_size or flat.numel())
-    params = recipe.params(x, False, recipe.fit_tensor(flat))
-    return recipe.rank(x, params, False), params
 
 
 def peers(

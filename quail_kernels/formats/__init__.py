@@ -35,6 +35,7 @@ from .base import (
     group_rows,
     group_spans,
     in_words,
+    look_up,
     tensor_range,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "group_chunks",
     "group_rows",
     "group_spans",
+    "look_up",
     "tensor_range",
 ]
 

@@ -8,8 +8,9 @@ import torch
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_SIZES = range(8, 4097, 8)
-# A chunk's temporaries, 256 KB each in fp32, stay in the cache of the core that works on them.
-_CHUNK_OF_A_CORE = 1 << 16
+# Small enough for a chunk's temporaries, half a megabyte each in fp32, to stay in cache, and large enough for an
+# operation to take longer than its call.
+_CHUNK_OF_A_CORE = 1 << 17
 _LARGEST_CHUNK = 1 << 20
 
 
@@ -23,9 +24,10 @@ class Format:
 
     ``fit(x, short, of_tensor)``  the parameters, [groups], or [groups, 2] where ``n_params`` is 2
     ``rank(x, params, short)``    the bucket's number, 0 to 15
-    ``bucket(rank, params)``      its place on the number line; two ranks of one value are one bucket
+    ``bucket(rank, params)``      its place on the number line, int8; two ranks of one value are one bucket
     ``value(rank, params)``       what the bucket dequantizes to, before the cast to the model's dtype
     ``step(rank, params)``        the width of the bucket, fp32
+    ``nearest(x, params, short)`` the value of x's rank
     ``kernel_rule(dtype)``        the constants that the tile functions of the rule's kind are given
 
     ``rank`` takes the parameters as ``fit`` gives them, ``value`` and ``step`` also as they are stored, in
@@ -79,10 +81,11 @@ class Format:
         """The parameters of these groups, which are pieces of one where it is the whole tensor."""
         return of_tensor if self.group_size is None else self.fit(x, short, of_tensor)
 
+    def nearest(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        return self.value(self.rank(x, params, short), params)
+
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        if self.buckets == tuple(range(16)):
-            return rank
-        return look_up(self.table("buckets", rank.device, torch.int32), rank)
+        return rank.to(torch.int8)
 
     @functools.cached_property
     def _tables(self) -> dict:

@@ -77,10 +77,15 @@ class Levels(Format):
         return tuple(inside.get(cell, float("inf")) for cell in range(_CELLS))
 
     @functools.cached_property
-    def below_cells(self) -> tuple[int, ...]:
-        """By cell, how many thresholds are in those before it."""
+    def rank_by_place(self) -> tuple[int, ...]:
+        """Of each half of a cell, the one below its threshold and the one above it."""
         has_one = [cell != float("inf") for cell in self.cells]
-        return tuple(sum(has_one[:cell]) for cell in range(_CELLS))
+        below = [sum(has_one[:cell]) for cell in range(_CELLS)]
+        return tuple(rank for cell in range(_CELLS) for rank in (below[cell], below[cell] + has_one[cell]))
+
+    @functools.cached_property
+    def level_by_place(self) -> tuple[float, ...]:
+        return tuple(self.levels[rank] for rank in self.rank_by_place)
 
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
@@ -98,15 +103,27 @@ class Levels(Format):
     def pad_code(self) -> int:
         return self.codes[sum(threshold < 0 for threshold in self.thresholds)]
 
-    def rank_of(self, position: torch.Tensor) -> torch.Tensor:
-        """What torch.bucketize gives, NaN in the top bucket included, at a third of its time; ``position`` is used
-        up."""
+    def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        place = rank.to(torch.int8)
+        if self.buckets[-1] == 15:
+            return place
+        # The upper of the two zeros and all above it move down by one; the rest has a sign bit to make up for that.
+        upper_zero = next(rank for rank in range(1, 16) if self.buckets[rank] == self.buckets[rank - 1])
+        below_it = (place - upper_zero).bitwise_right_shift_(7)
+        return place.sub_(1).sub_(below_it)
+
+    def place_of(self, position: torch.Tensor) -> torch.Tensor:
+        """Which half of which cell a position lies in; ``position`` is used up."""
         position.nan_to_num_(self.reach)
         cell = (position + self.reach).mul_(_CELLS / 2 / self.reach).clamp_(0, _CELLS - 1).to(torch.int32)
         # By its sign bit, -1 where the threshold is below: a comparison and a cast take three times as long.
         above = look_up(self.table("cells", position.device), cell).sub_(position).view(torch.int32)
-        above.bitwise_right_shift_(31)
-        return look_up(self.table("below_cells", position.device, torch.int32), cell).sub_(above)
+        return cell.mul_(2).sub_(above.bitwise_right_shift_(31))
+
+    def rank_of(self, position: torch.Tensor) -> torch.Tensor:
+        """What torch.bucketize gives, NaN in the top bucket included, at a third of its time; ``position`` is used
+        up."""
+        return look_up(self.table("rank_by_place", position.device, torch.int32), self.place_of(position))
 
 
 @dataclass(frozen=True)
@@ -146,10 +163,16 @@ class Codebook(Levels):
         absmax = x.float().abs().amax(dim=1)
         return absmax.clamp(min=_SMALLEST_ABSMAX) if short else absmax
 
-    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+    def _position(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
         absmax = params.clamp(min=_SMALLEST_ABSMAX)[:, None]
-        position = x.float() / absmax if short else x.float() * (1.0 / absmax)
-        return self.rank_of(position)
+        return x.float() / absmax if short else x.float() * (1.0 / absmax)
+
+    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        return self.rank_of(self._position(x, params, short))
+
+    def nearest(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        place = self.place_of(self._position(x, params, short))
+        return look_up(self.table("level_by_place", x.device), place).mul_(params[:, None])
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return look_up(self.table("levels", rank.device), rank).mul_(params[:, None])

@@ -62,8 +62,8 @@ class Q4_0(Format):
         return _round_half_up(x.float() * _reciprocal(params)[:, None], 8)
 
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        mirrored = (params < 0).to(torch.int32)[:, None]
-        return (rank * (1 - 2 * mirrored)).add_(16 * mirrored)
+        mirrored = (params < 0).to(torch.int8)[:, None]
+        return rank.to(torch.int8).mul_(1 - 2 * mirrored).add_(16 * mirrored)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return rank.float().sub_(8).mul_(_through_fp16(params)[:, None])

@@ -98,14 +98,20 @@ class Symmetric(Format):
         scale = absmax / torch.full_like(absmax[:1], self.divisor)
         return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
-    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+    def _q(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         # In bf16 and fp16 the division alone rounds: the rest is the same in fp32, and faster.
         position = x.float() / params.float()[:, None]
-        q = position.to(params.dtype).float().clamp_(-8, 7).round_().nan_to_num_(0)
-        return q.to(torch.int32).add_(8)
+        return position.to(params.dtype).float().clamp_(-8, 7).round_().nan_to_num_(0)
+
+    def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        return self._q(x, params).to(torch.int32).add_(8)
 
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return rank.float().sub_(8).mul_(params.float()[:, None]).to(params.dtype)
+
+    def nearest(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
+        # The sum makes 0 of -0, as the way through an integer does.
+        return self._q(x, params).add_(0).mul_(params.float()[:, None]).to(params.dtype)
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params[:, None].float().expand(rank.shape)

@@ -1,9 +1,11 @@
 import pytest
 import torch
 import weight_cases
-from weight_cases import LAYOUTS, laid_out
+from awkward_weights import awkward, gaussian
+from weight_cases import FORMAT_NAMES, LAYOUTS, laid_out, same_bits
 
 from quail_kernels import FORMATS, fake_quant, get_format
+from quail_kernels.formats import WEIGHT_DTYPES
 from quail_kernels.formats.base import flat_part, tensor_range
 from quail_kernels.formats.tiles import strided
 
@@ -43,6 +45,36 @@ def test_registry(format):
     assert sorted(recipe.codes) == list(range(16)) and len(recipe.levels) == 16
     for size in (recipe.legal_group_sizes[0], recipe.legal_group_sizes[-1]):
         assert get_format(f"{format}@{size}").group_size == size
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_the_nearest_value_is_that_of_the_rank(format, dtype):
+    recipe = get_format(format)
+    w = torch.cat([awkward(dtype), gaussian(8, dtype)]).view(-1)
+    spoiled = w.clone()
+    at = torch.arange(0, len(w), 997)
+    spoiled[at] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0], dtype=dtype)[torch.arange(len(at)) % 4]
+    for flat in (w, spoiled):
+        size = recipe.group_size or len(flat)
+        x = flat[: len(flat) // size * size].view(-1, size)
+        of_tensor = recipe.fit_tensor(flat)
+        for short in (False, True):
+            params = recipe.params(x, short, of_tensor)
+            value = recipe.value(recipe.rank(x, params, short), params)
+            assert same_bits(recipe.nearest(x, params, short), value)
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4", "bnb-fp4", "mxfp4", "mxfp4-rceil", "gguf-mxfp4", "nvfp4"])
+def test_ranks_are_those_of_bucketize(format):
+    recipe = get_format(format)
+    thresholds = torch.tensor(recipe.thresholds)
+    near = [thresholds.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    beyond = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38, torch.inf, -torch.inf, torch.nan])
+    even = torch.linspace(-1.1 * recipe.reach, 1.1 * recipe.reach, 100_003)
+    position = torch.cat([thresholds, *near, beyond, even])
+    expected = torch.bucketize(position, thresholds, out_int32=True)
+    assert torch.equal(recipe.rank_of(position.clone()), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
