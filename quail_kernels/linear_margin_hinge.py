@@ -25,9 +25,10 @@ vocabulary each, and its backward pass fills a block with those very products, c
 
 Beside what the products read and write, the forward pass reads the logits of both models twice (three times with a
 scale or a softcap in the space of log-probabilities) and with a scale or a softcap writes them once; ``linf`` copies
-them once besides. The backward pass reads both and writes a gradient for the hinge; log-probabilities, a scale or a softcap add two reads and a
-write, and the latter two also a read and a write of both models' logits. For 2-byte logits without scale and softcap
-that is 8 bytes a pair of logits and at most 12, where the products are 4 D operations forward and 4 D to 8 D backward.
+them once besides. The backward pass reads both and writes a gradient for the hinge; log-probabilities, a scale or a
+softcap add two reads and a write, and the latter two also a read and a write of both models' logits. For 2-byte
+logits without scale and softcap that is 8 bytes a pair of logits and at most 12, where the products are 4 D operations
+forward and 4 D to 8 D backward.
 """
 
 import math
@@ -51,7 +52,7 @@ from .margin_hinge import (
 )
 
 _BLOCK_V = 4096
-_CHUNK_TOKENS = 1024
+_CHUNK_BYTES = 2048  # of a column of logits: enough rows for a product to be bound by arithmetic
 _MIN_VOCAB_BLOCK = 1024
 _SUM_ROWS = 4096  # of a term in low precision: enough for a product, little beside an output head
 _PAD = 16  # Triton knows of an argument that 16 divides it, or nothing
@@ -81,10 +82,6 @@ def _arithmetic_dtype(*tensors: torch.Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def _itemsize(*tensors: torch.Tensor) -> int:
-    return max(tensor.element_size() for tensor in tensors)
 
 
 def _epilogue_fwd_torch(
@@ -349,13 +346,13 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def _blocks(n: int, vocab: int, chunk_tokens: int, itemsize: int) -> list[slice]:
+def _blocks(n: int, vocab: int, chunk_tokens: int) -> list[slice]:
     """Of the vocabulary, whose gradients for all ``n`` tokens are computed together.
 
-    A quarter of the logits that the forward pass holds, and an eighth in fp32: dL/dW is in memory beside them now.
-    But no slivers of the vocabulary where there are very many tokens.
+    A quarter of the logits that the forward pass holds, as dL/dW is in memory beside them now; but no slivers of the
+    vocabulary where there are very many tokens.
     """
-    width = max(-(-vocab * chunk_tokens // (2 * itemsize * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
+    width = max(-(-vocab * chunk_tokens // (4 * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
     return _slices(vocab, -(-width // _PAD) * _PAD)
 
 
@@ -388,7 +385,7 @@ def _forward(
     shape = (ignore_index, logit_scale, softcap)
     # In the space of log-probabilities the hinge needs the normalizers itself.
     of_hinge = space == "log_probs" and logit_scale == 1 and softcap is None
-    blocks = _blocks(n, vocab, chunk_tokens, _itemsize(hidden, ref_hidden)) if norm == "linf" else []
+    blocks = _blocks(n, vocab, chunk_tokens) if norm == "linf" else []
     tiles = [_buffer(min(chunk_tokens, n), blocks[0].stop, like) for like in (hidden, ref_hidden) if blocks]
     for rows in _slices(n, chunk_tokens):
         targets = labels[rows]
@@ -453,7 +450,7 @@ def _backward_of_blocks(
     kept = labels != ignore_index
     # Padding may hold NaN, which a gradient of 0 does not silence in a product.
     counted = hidden.where(kept[:, None], 0) if need_weight else None
-    blocks = _blocks(n, vocab, chunk_tokens, _itemsize(hidden, ref_hidden))
+    blocks = _blocks(n, vocab, chunk_tokens)
     sums = {"dtype": hidden.dtype if len(blocks) == 1 else _arithmetic_dtype(hidden), "device": hidden.device}
     grad_hidden = torch.zeros(hidden.shape if need_hidden else (0,), **sums)
     grad_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device)
@@ -694,7 +691,7 @@ def linear_logit_margin_hinge(
     ref_bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> LinearMarginHinge:
     """``logit_margin_hinge`` of two output heads, and the labels' log-probabilities, without [tokens, V] logits.
 
@@ -722,7 +719,7 @@ def linear_logit_margin_hinge(
         logit_scale: what the models multiply their logits by: ``config.logit_scale`` of Cohere,
             ``1 / config.logits_scaling`` of Granite.
         softcap: ``config.final_logit_softcapping`` of Gemma 2.
-        chunk_tokens: rows of logits held at once; below 1,024 products lose efficiency.
+        chunk_tokens: rows of logits held at once. None: 1,024, for float32 512; with fewer, products lose efficiency.
 
     Returns:
         A ``LinearMarginHinge``: loss, label_log_probs, ref_label_log_probs, active_share. A NaN among the logits of a
@@ -737,6 +734,8 @@ def linear_logit_margin_hinge(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = map(
         _as_autocast, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     )
+    if chunk_tokens is None:
+        chunk_tokens = _CHUNK_BYTES // max(hidden.element_size(), ref_hidden.element_size())
     _check(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, logit_scale, softcap, chunk_tokens)
     hinge, active, log_prob, ref_log_prob, _, _ = _linear_margin_hinge_op(
         hidden.reshape(-1, hidden.shape[-1]),
