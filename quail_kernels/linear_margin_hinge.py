@@ -37,6 +37,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ._sharding import admit_dtensors, flat_rows
 from ._triton import tl, triton
 from .margin_hinge import (
     _LOGIT_DTYPES,
@@ -526,8 +527,10 @@ def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, *_):
     return hinge, active, log_prob, ref_log_prob, lse, stats
 
 
+# Among a DTensor's arguments those before the first integer that are None do not tell one call from another.
 @torch.library.custom_op("quail::linear_logit_margin_hinge_backward", mutates_args=(), device_types="cpu")
 def _linear_margin_hinge_backward_op(
+    ignore_index: int,
     grad_hinge: torch.Tensor | None,
     grad_log_prob: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -542,7 +545,6 @@ def _linear_margin_hinge_backward_op(
     margin: float,
     norm: str,
     space: str,
-    ignore_index: int,
     logit_scale: float,
     softcap: float | None,
     chunk_tokens: int,
@@ -576,12 +578,12 @@ def _linear_margin_hinge_backward_op(
 
 
 @_linear_margin_hinge_backward_op.register_kernel("cuda")
-def _(*args):
-    return _backward_of_blocks(_TRITON, *args)
+def _(ignore_index, *args):
+    return _backward_of_blocks(_TRITON, *args[:-4], ignore_index, *args[-4:])
 
 
 @_linear_margin_hinge_backward_op.register_fake
-def _(grad_hinge, grad_log_prob, hidden, weight, *args):
+def _(ignore_index, grad_hinge, grad_log_prob, hidden, weight, *args):
     need_hidden, need_weight, need_bias = args[-1]
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
@@ -601,13 +603,13 @@ def _backward(ctx, grad_hinge, _grad_active, grad_log_prob, _grad_ref_log_prob, 
     if grad_hinge is None and grad_log_prob is None:
         return (None,) * 14
     grads = _linear_margin_hinge_backward_op(
+        ctx.ignore_index,
         None if grad_hinge is None else grad_hinge.contiguous(),
         None if grad_log_prob is None else grad_log_prob.contiguous(),
         *ctx.saved_tensors,
         ctx.margin,
         ctx.norm,
         ctx.space,
-        ctx.ignore_index,
         ctx.logit_scale,
         ctx.softcap,
         ctx.chunk_tokens,
@@ -666,6 +668,13 @@ def _check(
         raise ValueError(f"labels: expected {expected}; got {list(labels.shape)} on {labels.device}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels: expected int64 or int32; got {labels.dtype}")
+    sharded = hasattr(hidden, "device_mesh")
+    others = {"weight": weight, "bias": bias, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    for name, tensor in {**others, "labels": labels}.items():
+        if tensor is not None and hasattr(tensor, "device_mesh") != sharded:
+            kinds = ("a DTensor", "a plain tensor")
+            expected, got = kinds if sharded else kinds[::-1]
+            raise ValueError(f"{name}: expected {expected}, as hidden is; got {got}")
 
 
 def _as_autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -700,7 +709,9 @@ def linear_logit_margin_hinge(
     Of the forward pass only numbers of tokens are kept; beside its results, the function holds ``chunk_tokens`` rows
     of logits of each model at a time, or as many logits in blocks of the vocabulary. A head that needs no gradient,
     frozen or under LoRA, costs no product; if only ``label_log_probs`` are differentiated, the reference's logits
-    are not recomputed.
+    are not recomputed. DTensors whose tokens are sharded stay so, with output heads whole on every rank, and the
+    gradients of these are sums over the ranks; heads that are sharded, or batches that are cut unevenly, are gathered
+    first.
 
     Args:
         hidden: float32, bfloat16 or float16 [..., D], of the model that unlearns, aligned with ``labels``:
@@ -737,14 +748,15 @@ def linear_logit_margin_hinge(
     if chunk_tokens is None:
         chunk_tokens = _CHUNK_BYTES // max(hidden.element_size(), ref_hidden.element_size())
     _check(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, logit_scale, softcap, chunk_tokens)
+    admit_dtensors(hidden)
     hinge, active, log_prob, ref_log_prob, _, _ = _linear_margin_hinge_op(
-        hidden.reshape(-1, hidden.shape[-1]),
+        flat_rows(hidden, hidden.shape[-1]),
         weight,
         bias,
-        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        flat_rows(ref_hidden.detach(), ref_hidden.shape[-1]),
         ref_weight.detach(),
         None if ref_bias is None else ref_bias.detach(),
-        labels.reshape(-1).long().contiguous(),
+        flat_rows(labels).long().contiguous(),
         float(margin),
         norm,
         space,

@@ -481,7 +481,7 @@ def test_opcheck(norm, space):
     hinge, _, log_prob, _, lse, stats = ops.linear_logit_margin_hinge(*models_, *options)
     for grads in ((torch.randn_like(hinge), torch.randn_like(log_prob)), (None, torch.randn_like(log_prob))):
         for needed in ([True, True, True], [True, False, False], [False, True, True]):
-            arguments = (*grads, *models_, lse, stats, *options, needed)
+            arguments = (IGNORED, *grads, *models_, lse, stats, *options[:3], *options[4:], needed)
             opcheck(ops.linear_logit_margin_hinge_backward.default, arguments)
 
 
