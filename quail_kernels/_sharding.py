@@ -1,7 +1,10 @@
-"""The ops on DTensors: which shardings leave every group whole, and which reduction an output needs.
+"""The ops on DTensors: which shardings leave every group or row whole, and which reduction an output needs.
 
 A shard is quantized as a weight of its own, so it may be cut between groups only. Where the groups of a recipe
 straddle shards, or a recipe looks at the whole tensor, the weight is gathered first.
+
+The hinges may be cut between tokens: each rank has the rows of its own, and its share of the gradient of an output
+head. What is sharded over the vocabulary is gathered first.
 """
 
 import functools
@@ -24,6 +27,17 @@ def admit_dtensors(*tensors: torch.Tensor) -> bool:
     if not torch.compiler.is_compiling():
         register_rules()
     return True
+
+
+def flat_rows(x: torch.Tensor, *row_shape: int) -> torch.Tensor:
+    """[..., *row_shape] as [rows, *row_shape]; DTensor cannot flatten dimensions that ranks hold parts of unevenly."""
+    if x.ndim > 1 + len(row_shape) and hasattr(x, "device_mesh"):
+        from torch.distributed.tensor import Replicate
+
+        dims = {place.dim for place in x.placements if place.is_shard()}
+        if dims and (dims != {0} or x.shape[0] % x.device_mesh.size()):
+            x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+    return x.reshape(-1, *row_shape)
 
 
 def _keeps_groups(w, recipe: Format, dim: int, evenly: bool) -> bool:
@@ -76,3 +90,32 @@ def register_rules() -> None:
                 sums = [Partial("sum"), Partial("sum"), Partial("max")]
                 rules.append(([*sums, Shard(0) if per_group else Replicate()], [Shard(dim)] * 2 + [None] * 4))
         return rules
+
+    def of_rows(logits):
+        # The outputs are one-dimensional, and DTensor cuts those evenly: so must whole batches be.
+        even = len(logits.shape) == 2 or len(logits.shape) > 2 and logits.shape[0] % logits.mesh.size() == 0
+        return (Replicate(), Shard(0)) if even else (Replicate(),)
+
+    def placed(arguments, place, heads=()):
+        """``place`` for every tensor, but the output heads whole on each rank."""
+        return [
+            (Replicate() if i in heads else place) if hasattr(argument, "placements") else None
+            for i, argument in enumerate(arguments)
+        ]
+
+    @register_sharding(ops.logit_margin_hinge.default)
+    def _(*arguments):
+        return [([place] * 3, placed(arguments, place)) for place in of_rows(arguments[0])]
+
+    @register_sharding(ops.logit_margin_hinge_backward.default)
+    def _(*arguments):
+        return [([place], placed(arguments, place)) for place in of_rows(arguments[1])]
+
+    @register_sharding(ops.linear_logit_margin_hinge.default)
+    def _(*arguments):
+        return [([place] * 6, placed(arguments, place, heads=(1, 2, 4, 5))) for place in (Replicate(), Shard(0))]
+
+    @register_sharding(ops.linear_logit_margin_hinge_backward.default)
+    def _(*arguments):
+        inputs = [placed(arguments, place, heads=(4, 5, 7, 8)) for place in (Replicate(), Shard(0))]
+        return [([Replicate()] * 3, inputs[0]), ([Shard(0), Partial("sum"), Partial("sum")], inputs[1])]

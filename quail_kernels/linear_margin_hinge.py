@@ -19,16 +19,16 @@ of dL/dW that belong to the block are then one product over all tokens: nothing 
 precision, and no fp32 copy of dL/dW is needed. dL/dx is a sum over blocks, in fp32 [tokens, D]; its terms are
 products in the dtype of the model.
 
-The hinge ``linf`` goes another way. A product of another shape may differ in the last bit, and with it the set of
-logits that are farthest away. So its backward pass repeats the forward pass's very products, chunk by chunk, and
-sums dL/dW over the chunks in fp32: for 2-byte weights and more than one chunk, that takes twice the memory of dL/dW
-besides.
+The hinge ``linf`` asks for more than that. A product of another shape may differ in the last bit, and with it the
+set of logits that are farthest away. So its forward pass computes a chunk's logits in products of one block of the
+vocabulary each, and its backward pass fills a block with those very products, chunk by chunk.
 
 Beside what the products read and write, the forward pass reads the logits of both models twice (three times with a
-scale or a softcap in the space of log-probabilities) and with a scale or a softcap writes them once. The backward
-pass reads both and writes a gradient for the hinge; log-probabilities, a scale or a softcap add two reads and a
-write, and the latter two also a read and a write of both models' logits. For 2-byte logits without scale and softcap
-that is 8 bytes a pair of logits and at most 12, where the products are 4 D operations forward and 4 D to 8 D backward.
+scale or a softcap in the space of log-probabilities) and with a scale or a softcap writes them once; ``linf`` copies
+them once besides. The backward pass reads both and writes a gradient for the hinge; log-probabilities, a scale or a
+softcap add two reads and a write, and the latter two also a read and a write of both models' logits. For 2-byte
+logits without scale and softcap that is 8 bytes a pair of logits and at most 12, where the products are 4 D operations
+forward and 4 D to 8 D backward.
 """
 
 import math
@@ -37,6 +37,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ._sharding import admit_dtensors, flat_rows
 from ._triton import tl, triton
 from .margin_hinge import (
     _LOGIT_DTYPES,
@@ -52,7 +53,7 @@ from .margin_hinge import (
 )
 
 _BLOCK_V = 4096
-_CHUNK_TOKENS = 1024
+_CHUNK_BYTES = 2048  # of a column of logits: enough rows for a product to be bound by arithmetic
 _MIN_VOCAB_BLOCK = 1024
 _SUM_ROWS = 4096  # of a term in low precision: enough for a product, little beside an output head
 _PAD = 16  # Triton knows of an argument that 16 divides it, or nothing
@@ -326,6 +327,36 @@ def _product(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias
         torch.addmm(bias, hidden, weight.t(), out=out)
 
 
+def _logits(
+    kernels: _Kernels,
+    out: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    _product(out, hidden, weight, bias)
+    if logit_scale != 1 or softcap is not None:
+        kernels.epilogue_fwd(None, out, targets, logit_scale, softcap, ignore_index)
+
+
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def _blocks(n: int, vocab: int, chunk_tokens: int) -> list[slice]:
+    """Of the vocabulary, whose gradients for all ``n`` tokens are computed together.
+
+    A quarter of the logits that the forward pass holds, as dL/dW is in memory beside them now; but no slivers of the
+    vocabulary where there are very many tokens.
+    """
+    width = max(-(-vocab * chunk_tokens // (4 * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
+    return _slices(vocab, -(-width // _PAD) * _PAD)
+
+
 def _forward(
     kernels: _Kernels,
     hidden: torch.Tensor,
@@ -351,19 +382,29 @@ def _forward(
     ref_lse = torch.empty(n, **floats)
     active, stats = torch.empty(n, dtype=torch.int32, device=hidden.device), torch.empty(n, _STATS, **floats)
     z_buffer, ref_buffer = (_buffer(min(chunk_tokens, n), vocab, like) for like in (hidden, ref_hidden))
+    models = ((z_buffer, lse, hidden, weight, bias), (ref_buffer, ref_lse, ref_hidden, ref_weight, ref_bias))
+    shape = (ignore_index, logit_scale, softcap)
     # In the space of log-probabilities the hinge needs the normalizers itself.
-    epilogue = space == "logits" or logit_scale != 1 or softcap is not None
-    for start in range(0, n, chunk_tokens):
-        rows = slice(start, min(start + chunk_tokens, n))
+    of_hinge = space == "log_probs" and logit_scale == 1 and softcap is None
+    blocks = _blocks(n, vocab, chunk_tokens) if norm == "linf" else []
+    tiles = [_buffer(min(chunk_tokens, n), blocks[0].stop, like) for like in (hidden, ref_hidden) if blocks]
+    for rows in _slices(n, chunk_tokens):
         targets = labels[rows]
-        z, z_ref = (buffer[: targets.numel(), :vocab] for buffer in (z_buffer, ref_buffer))
-        _product(z, hidden[rows], weight, bias)
-        _product(z_ref, ref_hidden[rows], ref_weight, ref_bias)
-        if epilogue:
-            kernels.epilogue_fwd(lse[rows], z, targets, logit_scale, softcap, ignore_index)
-            kernels.epilogue_fwd(ref_lse[rows], z_ref, targets, logit_scale, softcap, ignore_index)
+        count = targets.numel()
+        z, z_ref = (buffer[:count, :vocab] for buffer in (z_buffer, ref_buffer))
+        for i, (buffer, normalizer, x, w, b) in enumerate(models):
+            logits = buffer[:count, :vocab]
+            for block in blocks:
+                tile = tiles[i][:count, : block.stop - block.start]
+                _logits(kernels, tile, x[rows], w[block], None if b is None else b[block], targets, *shape)
+                logits[:, block] = tile
+            if not blocks:
+                _product(logits, x[rows], w, b)
+            if not of_hinge:
+                scale_and_cap = (1.0, None) if blocks else (logit_scale, softcap)
+                kernels.epilogue_fwd(normalizer[rows], logits, targets, *scale_and_cap, ignore_index)
         hinge[rows], active[rows], stats[rows] = kernels.hinge_fwd(z, z_ref, targets, margin, norm, space, ignore_index)
-        if not epilogue:
+        if of_hinge:
             lse[rows], ref_lse[rows] = stats[rows, 0], stats[rows, 0] - stats[rows, 1]
         inside = (targets >= 0) & (targets < vocab)
         column = targets.where(inside, 0)[:, None]
@@ -373,36 +414,16 @@ def _forward(
     return hinge, active, log_prob, ref_log_prob, lse, stats
 
 
-def _tiles(n: int, vocab: int, norm: str, chunk_tokens: int) -> list[tuple[slice, slice]]:
-    """The tokens and the vocabulary entries whose gradients are computed together."""
-    if norm == "linf":
-        # Which logits are the farthest is a matter of the last bit, which a product of another shape need not repeat.
-        starts = range(0, n, chunk_tokens) if n else (0,)
-        return [(slice(start, min(start + chunk_tokens, n)), slice(0, vocab)) for start in starts]
-    # A quarter of the logits that the forward pass holds, as gradients are in memory beside them now; but no slivers
-    # of the vocabulary where there are very many tokens.
-    width = max(-(-vocab * chunk_tokens // (4 * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
-    width = -(-width // _PAD) * _PAD
-    return [(slice(0, n), slice(start, min(start + width, vocab))) for start in range(0, vocab, width)]
-
-
-def _accumulator(shape: tuple[int, ...], like: torch.Tensor, terms: int) -> torch.Tensor:
-    if terms == 1:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    return torch.zeros(shape, dtype=_arithmetic_dtype(like), device=like.device)
-
-
-def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, terms: int) -> None:
-    if terms == 1:
-        torch.mm(a, b, out=total)
-    elif total.dtype == a.dtype:
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Sums in the dtype of ``total``, products in that of ``a``."""
+    if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         for start in range(0, a.shape[0], _SUM_ROWS):
             total[start : start + _SUM_ROWS] += torch.mm(a[start : start + _SUM_ROWS], b)
 
 
-def _backward_of_tiles(
+def _backward_of_blocks(
     kernels: _Kernels,
     grad_hinge: torch.Tensor | None,
     grad_log_prob: torch.Tensor | None,
@@ -430,46 +451,40 @@ def _backward_of_tiles(
     kept = labels != ignore_index
     # Padding may hold NaN, which a gradient of 0 does not silence in a product.
     counted = hidden.where(kept[:, None], 0) if need_weight else None
-    tiles = _tiles(n, vocab, norm if grad_hinge is not None else "none", chunk_tokens)
-    chunks, blocks = (len({tile[i].start for tile in tiles}) for i in range(2))
-    grad_hidden = _accumulator(hidden.shape if need_hidden else (0,), hidden, blocks)
-    grad_weight = _accumulator(weight.shape if need_weight else (0,), weight, chunks)
-    grad_bias = _accumulator(weight.shape[:1] if need_bias else (0,), weight, chunks)
-    z_buffer = _buffer(*(tiles[0][i].stop for i in range(2)), hidden)
-    ref_buffer = hinge_buffer = None
+    blocks = _blocks(n, vocab, chunk_tokens)
+    sums = {"dtype": hidden.dtype if len(blocks) == 1 else _arithmetic_dtype(hidden), "device": hidden.device}
+    grad_hidden = torch.zeros(hidden.shape if need_hidden else (0,), **sums)
+    grad_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device)
+    grad_bias = torch.empty(weight.shape[:1] if need_bias else (0,), dtype=weight.dtype, device=weight.device)
+    models = [(_buffer(n, blocks[0].stop, hidden), hidden, weight, bias)]
     if grad_hinge is not None:
-        ref_buffer = _buffer(*(tiles[0][i].stop for i in range(2)), ref_hidden)
-        hinge_buffer = ref_buffer if ref_hidden.dtype == hidden.dtype else torch.empty_like(z_buffer)
+        models.append((_buffer(n, blocks[0].stop, ref_hidden), ref_hidden, ref_weight, ref_bias))
+        hinge_buffer = models[1][0] if ref_hidden.dtype == hidden.dtype else torch.empty_like(models[0][0])
     shaped = logit_scale != 1 or softcap is not None
-    for rows, block in tiles:
-        tokens, columns = rows.stop - rows.start, block.stop - block.start
-        targets = labels[rows] - block.start
-        targets = targets.where((targets >= 0) & (targets < columns), columns).where(kept[rows], _IGNORED)
-        z = z_buffer[:tokens, :columns]
-        _product(z, hidden[rows], weight[block], None if bias is None else bias[block])
-        if shaped:
-            kernels.epilogue_fwd(None, z, targets, logit_scale, softcap, _IGNORED)
+    chunks = _slices(n, chunk_tokens if grad_hinge is not None and norm == "linf" else max(n, 1))
+    for block in blocks:
+        columns = block.stop - block.start
+        targets = labels - block.start
+        targets = targets.where((targets >= 0) & (targets < columns), columns).where(kept, _IGNORED)
+        for buffer, x, w, b in models:
+            for rows in chunks:
+                of_block = (w[block], None if b is None else b[block], targets[rows], _IGNORED, logit_scale, softcap)
+                _logits(kernels, buffer[rows, :columns], x[rows], *of_block)
+        z = models[0][0][:, :columns]
         hinge_grad = None
         if grad_hinge is not None:
-            z_ref = ref_buffer[:tokens, :columns]
-            _product(z_ref, ref_hidden[rows], ref_weight[block], None if ref_bias is None else ref_bias[block])
-            if shaped:
-                kernels.epilogue_fwd(None, z_ref, targets, logit_scale, softcap, _IGNORED)
-            hinge_grad = z if grad_log_prob is None and not shaped else hinge_buffer[:tokens, :columns]
+            hinge_grad = z if grad_log_prob is None and not shaped else hinge_buffer[:, :columns]
             options = (margin, norm, space, _IGNORED)
-            kernels.hinge_bwd(hinge_grad, grad_hinge[rows], z, z_ref, targets, stats[rows], *options)
+            kernels.hinge_bwd(hinge_grad, grad_hinge, z, models[1][0][:, :columns], targets, stats, *options)
         if grad_log_prob is not None or shaped:
-            upstream = None if grad_log_prob is None else grad_log_prob[rows]
-            kernels.epilogue_bwd(z, hinge_grad, lse[rows], upstream, targets, logit_scale, softcap)
+            kernels.epilogue_bwd(z, hinge_grad, lse, grad_log_prob, targets, logit_scale, softcap)
         if need_hidden:
-            _accumulate(grad_hidden[rows], z, weight[block], blocks)
+            _add_product(grad_hidden, z, weight[block])
         if need_weight:
-            _accumulate(grad_weight[block], z.t(), counted[rows], chunks)
-        if need_bias and chunks == 1:
+            torch.mm(z.t(), counted, out=grad_weight[block])
+        if need_bias:
             torch.sum(z, dim=0, out=grad_bias[block])
-        elif need_bias:
-            grad_bias[block] += z.sum(dim=0)
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
 @torch.library.custom_op("quail::linear_logit_margin_hinge", mutates_args=(), device_types="cpu")
@@ -512,8 +527,10 @@ def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, *_):
     return hinge, active, log_prob, ref_log_prob, lse, stats
 
 
+# Among a DTensor's arguments those before the first integer that are None do not tell one call from another.
 @torch.library.custom_op("quail::linear_logit_margin_hinge_backward", mutates_args=(), device_types="cpu")
 def _linear_margin_hinge_backward_op(
+    ignore_index: int,
     grad_hinge: torch.Tensor | None,
     grad_log_prob: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -528,7 +545,6 @@ def _linear_margin_hinge_backward_op(
     margin: float,
     norm: str,
     space: str,
-    ignore_index: int,
     logit_scale: float,
     softcap: float | None,
     chunk_tokens: int,
@@ -541,7 +557,7 @@ def _linear_margin_hinge_backward_op(
     def rows(x: torch.Tensor | None) -> torch.Tensor | None:
         return x if x is None or every else x[kept]
 
-    grad_hidden, grad_weight, grad_bias = _backward_of_tiles(
+    grad_hidden, grad_weight, grad_bias = _backward_of_blocks(
         _TORCH,
         rows(grad_hinge),
         rows(grad_log_prob),
@@ -562,12 +578,12 @@ def _linear_margin_hinge_backward_op(
 
 
 @_linear_margin_hinge_backward_op.register_kernel("cuda")
-def _(*args):
-    return _backward_of_tiles(_TRITON, *args)
+def _(ignore_index, *args):
+    return _backward_of_blocks(_TRITON, *args[:-4], ignore_index, *args[-4:])
 
 
 @_linear_margin_hinge_backward_op.register_fake
-def _(grad_hinge, grad_log_prob, hidden, weight, *args):
+def _(ignore_index, grad_hinge, grad_log_prob, hidden, weight, *args):
     need_hidden, need_weight, need_bias = args[-1]
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
@@ -587,13 +603,13 @@ def _backward(ctx, grad_hinge, _grad_active, grad_log_prob, _grad_ref_log_prob, 
     if grad_hinge is None and grad_log_prob is None:
         return (None,) * 14
     grads = _linear_margin_hinge_backward_op(
+        ctx.ignore_index,
         None if grad_hinge is None else grad_hinge.contiguous(),
         None if grad_log_prob is None else grad_log_prob.contiguous(),
         *ctx.saved_tensors,
         ctx.margin,
         ctx.norm,
         ctx.space,
-        ctx.ignore_index,
         ctx.logit_scale,
         ctx.softcap,
         ctx.chunk_tokens,
@@ -652,6 +668,13 @@ def _check(
         raise ValueError(f"labels: expected {expected}; got {list(labels.shape)} on {labels.device}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels: expected int64 or int32; got {labels.dtype}")
+    sharded = hasattr(hidden, "device_mesh")
+    others = {"weight": weight, "bias": bias, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    for name, tensor in {**others, "labels": labels}.items():
+        if tensor is not None and hasattr(tensor, "device_mesh") != sharded:
+            kinds = ("a DTensor", "a plain tensor")
+            expected, got = kinds if sharded else kinds[::-1]
+            raise ValueError(f"{name}: expected {expected}, as hidden is; got {got}")
 
 
 def _as_autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -677,7 +700,7 @@ def linear_logit_margin_hinge(
     ref_bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> LinearMarginHinge:
     """``logit_margin_hinge`` of two output heads, and the labels' log-probabilities, without [tokens, V] logits.
 
@@ -686,7 +709,9 @@ def linear_logit_margin_hinge(
     Of the forward pass only numbers of tokens are kept; beside its results, the function holds ``chunk_tokens`` rows
     of logits of each model at a time, or as many logits in blocks of the vocabulary. A head that needs no gradient,
     frozen or under LoRA, costs no product; if only ``label_log_probs`` are differentiated, the reference's logits
-    are not recomputed.
+    are not recomputed. DTensors whose tokens are sharded stay so, with output heads whole on every rank, and the
+    gradients of these are sums over the ranks; heads that are sharded, or batches that are cut unevenly, are gathered
+    first.
 
     Args:
         hidden: float32, bfloat16 or float16 [..., D], of the model that unlearns, aligned with ``labels``:
@@ -705,7 +730,7 @@ def linear_logit_margin_hinge(
         logit_scale: what the models multiply their logits by: ``config.logit_scale`` of Cohere,
             ``1 / config.logits_scaling`` of Granite.
         softcap: ``config.final_logit_softcapping`` of Gemma 2.
-        chunk_tokens: rows of logits held at once; below 1,024 products lose efficiency.
+        chunk_tokens: rows of logits held at once. None: 1,024, for float32 512; with fewer, products lose efficiency.
 
     Returns:
         A ``LinearMarginHinge``: loss, label_log_probs, ref_label_log_probs, active_share. A NaN among the logits of a
@@ -720,15 +745,18 @@ def linear_logit_margin_hinge(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = map(
         _as_autocast, (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     )
+    if chunk_tokens is None:
+        chunk_tokens = _CHUNK_BYTES // max(hidden.element_size(), ref_hidden.element_size())
     _check(hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, logit_scale, softcap, chunk_tokens)
+    admit_dtensors(hidden)
     hinge, active, log_prob, ref_log_prob, _, _ = _linear_margin_hinge_op(
-        hidden.reshape(-1, hidden.shape[-1]),
+        flat_rows(hidden, hidden.shape[-1]),
         weight,
         bias,
-        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        flat_rows(ref_hidden.detach(), ref_hidden.shape[-1]),
         ref_weight.detach(),
         None if ref_bias is None else ref_bias.detach(),
-        labels.reshape(-1).long().contiguous(),
+        flat_rows(labels).long().contiguous(),
         float(margin),
         norm,
         space,

@@ -26,12 +26,12 @@ all tensors of a launch to lie alike: unit strides, and rows equally far, in ele
 are read one logit at a time, which for bf16 takes 31 instructions a logit where 14 do (sm_90, per_logit).
 """
 
-import functools
 import math
 from typing import Literal
 
 import torch
 
+from ._sharding import admit_dtensors
 from ._triton import tl, triton
 
 NORMS = ("per_logit", "l2", "linf", "label")
@@ -740,32 +740,6 @@ def _backward(ctx, grad_hinge, _grad_active, _grad_stats):
 _margin_hinge_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@functools.cache
-def _register_sharding() -> None:
-    """Rows are independent: DTensors sharded over the first dimension stay so, anything else is gathered."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.experimental import register_sharding
-
-    def placements(logits):
-        # The outputs are one-dimensional, and DTensor cuts those evenly: so must whole batches be.
-        even = len(logits.shape) == 2 or len(logits.shape) > 2 and logits.shape[0] % logits.mesh.size() == 0
-        return (Replicate(), Shard(0)) if even else (Replicate(),)
-
-    @register_sharding(torch.ops.quail.logit_margin_hinge.default)
-    def _(logits, ref_logits, labels, *options):
-        return [
-            ([place] * 3, [place, place, None if labels is None else place, *(None,) * len(options)])
-            for place in placements(logits)
-        ]
-
-    @register_sharding(torch.ops.quail.logit_margin_hinge_backward.default)
-    def _(grad_hinge, logits, ref_logits, labels, stats, *options):
-        return [
-            ([place], [place] * 3 + [None if labels is None else place, place, *(None,) * len(options)])
-            for place in placements(logits)
-        ]
-
-
 def _check(
     logits: torch.Tensor,
     ref_logits: torch.Tensor,
@@ -842,10 +816,7 @@ def logit_margin_hinge(
     """
     _check(logits, ref_logits, labels, margin, norm, space, reduction)
     flat_labels = None if labels is None else labels.reshape(-1).long().contiguous()
-    # DTensor takes long to import; who has one has imported it.
-    sharded = hasattr(logits, "device_mesh")
-    if sharded and not torch.compiler.is_compiling():
-        _register_sharding()
+    sharded = admit_dtensors(logits)
     inplace = inplace_backward and logits.ndim <= 3 and not (sharded or torch.compiler.is_compiling())
     hinge, active, _ = _margin_hinge_op(
         logits, ref_logits.detach(), flat_labels, float(margin), norm, space, ignore_index, inplace

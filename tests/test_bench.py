@@ -15,15 +15,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu, machine, results, suite, worker
+from bench import gpu, machine, memory, overhead, results, suite, worker
 from bench.case import Case, Check, measure_case, plain
-from bench.cases import all_cases
+from bench.cases import all_cases, linear_margin_hinge
 from bench.measure import Meter, quantiles
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a GPU image in use does not have.
 NOT_THERE = ("bitsandbytes", "compressed_tensors", "gguf", "hypothesis", "peft", "torchao", "transformers")
 CASES = {case.name: case for case in all_cases(size=0)}
+HINGES = ("logit_margin_hinge", "linear_logit_margin_hinge")
 
 
 def command(*args, **environment):
@@ -82,6 +83,9 @@ def test_rows_of_the_dry_run(dry):
         assert entry["outcome"] == "measured" and entry["reason"] is None, entry
         assert [row["peer"] for row in entry["rows"]] == list(case.peers)
         by_peer = {row["peer"]: row for row in entry["rows"]}
+        if case.op == "training_step":
+            assert all(row["outcome"] == "absent" and "transformers" in row["reason"] for row in by_peer.values())
+            continue
         for peer in ("bitsandbytes", "torchao"):
             if peer in by_peer:
                 assert by_peer[peer]["outcome"] == "absent" and peer in by_peer.pop(peer)["reason"]
@@ -93,7 +97,7 @@ def test_rows_of_the_dry_run(dry):
             assert 0 <= row["peak_extra_bytes"] < 1 << 30
             others = [other["p50_ms"] for other in by_peer.values() if other is not row]
             assert row["times_best"] == pytest.approx(row["p50_ms"] / min(others))
-            if case.op != "logit_margin_hinge" and row["peer"] in ("quail", "eager"):
+            if case.op not in HINGES and row["peer"] in ("quail", "eager"):
                 assert row["max_error"] == row["differ_per_million"] == 0
 
 
@@ -334,6 +338,25 @@ def test_checks_reject_a_wrong_answer(name):
         assert not case.check(inputs, expected, given, "quail").passed, place
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.op == "linear_logit_margin_hinge"])
+@pytest.mark.parametrize("lost", ["hinge", "log_probs"])
+def test_both_gradients_of_the_linear_hinge_are_checked(name, lost):
+    """An answer whose gradient leaves out one of the two losses is not a right one."""
+    case = CASES[name]
+    inputs = case.inputs(torch.device("cpu"))
+    expected = case.expected(inputs)
+    values = case.peers["quail"](inputs, "eager")()[:2]
+    quail = case.peers["quail"](inputs, "eager")
+    (loss,), (norm,) = quail.args[:1], quail.keywords.values()
+
+    def of_one(*args, **options):
+        value, log_probs = loss(*args, **options)
+        return (value.detach(), log_probs) if lost == "hinge" else (value, log_probs.detach())
+
+    _, _, *grads = linear_margin_hinge._step(of_one, *inputs, norm=norm)
+    assert not case.check(inputs, expected, (*values, *grads), "quail").passed
+
+
 def test_cases_are_named_apart_and_full_size_differs_in_shape_only():
     full = all_cases(size=1)
     assert [case.name for case in full] == list(CASES) and len(CASES) == len(full)
@@ -469,6 +492,112 @@ def test_facts_of_a_card(monkeypatch):
         "--format=csv,noheader,nounits",
     ]
     json.dumps(facts)
+
+
+def test_memory_of_a_small_step(tmp_path, capsys):
+    path = tmp_path / "memory.json"
+    size = ["--tokens", "512", "--vocabulary", "16032", "--hidden", "64", "--dtype", "bfloat16"]
+    assert memory.main([*size, "--norm", "per_logit", "linf", "--space", "logits", "--out", str(path)]) == 0
+    document, output = json.loads(path.read_text()), capsys.readouterr().out
+    assert document["outcome"] == "finished" and document["machine"]["cpu"] and document["finished"]
+    assert [(row["norm"], row["tokens"], row["outcome"]) for row in document["rows"]] == [
+        ("per_logit", 512, "measured"),
+        ("linf", 512, "measured"),
+    ]
+    assert max(map(len, output.splitlines()[2:])) <= 80
+    for row in document["rows"]:
+        eager, quail = row["eager"], row["quail"]
+        assert eager["gradient_bytes"] == quail["gradient_bytes"] == 2 * 64 * (512 + 16032)
+        assert row["input_bytes"] == 4 * 64 * (512 + 16032)
+        logits = 512 * 16032 * 2
+        assert eager["step_bytes"] >= eager["forward_bytes"] > 2 * logits, "logits of both models, and their difference"
+        assert 0 < quail["forward_bytes"] <= quail["step_bytes"] < eager["step_bytes"]
+        assert row["share"] == quail["step_bytes"] / eager["step_bytes"]
+
+
+def test_memory_row_judges_both_paths():
+    eager = {"step_bytes": 1000, "gradient_bytes": 100, "loss": 0.5}
+    quail = {"step_bytes": 190, "gradient_bytes": 100, "loss": 0.5005}
+    row = memory.judge({"eager": eager, "quail": quail})
+    assert (row["outcome"], row["share"], row["share_without_gradients"]) == ("measured", 0.19, 0.1)
+    apart = memory.judge({"eager": eager, "quail": quail | {"loss": 0.6}})
+    assert (apart["outcome"], apart["reason"]) == ("failed", "losses differ: 0.5 and 0.6")
+    assert memory.judge({"eager": eager, "quail": quail | {"loss": float("nan")}})["outcome"] == "failed"
+    ended = memory.judge({"eager": {"failed": "exit status -9: no output"}, "quail": quail})
+    assert (ended["outcome"], ended["reason"]) == ("failed", "eager: exit status -9: no output")
+    assert len(memory.table(ended | {"norm": "linf", "space": "log_probs", "tokens": 4096})) <= 80
+
+
+def test_memory_says_what_a_step_said_last():
+    step = memory.Step("quail", "l2", "logits", "bfloat16", tokens=0, vocabulary=16, hidden=-1)
+    assert re.fullmatch(r"exit status 1: RuntimeError: .+", memory._measure_apart(step)["failed"])
+
+
+def test_what_would_not_fit_runs_on_fewer_tokens(monkeypatch):
+    monkeypatch.setattr(memory, "_measure_apart", lambda step: {"failed": str(step.tokens)})
+    options = SimpleNamespace(
+        tokens=4096, vocabulary=128256, hidden=2048, dtype=["bfloat16", "float32"], norm=["linf"], space=["logits"]
+    )
+    assert [row["tokens"] for row in memory._rows(options, 14 * 10**9)] == [4096, 2048]
+    assert [row["tokens"] for row in memory._rows(options, 10**12)] == [4096, 4096]
+    assert [row["tokens"] for row in memory._rows(options, 1)] == [1, 1]
+
+
+def test_what_memory_refuses(tmp_path, capsys):
+    taken = tmp_path / "taken.json"
+    taken.write_text("mine")
+    for args, says in [
+        (["--tokens", "0"], "--tokens: expected a number above 0; got 0"),
+        (["--out", str(taken)], f"--out: expected a path that is free, or --force; got {taken}, which is there"),
+    ]:
+        assert memory.main(args) == 2
+        assert capsys.readouterr().err == f"bench.memory: {says}\n"
+    assert taken.read_text() == "mine"
+
+
+def test_overhead_on_the_cpu(tmp_path, capsys):
+    path = tmp_path / "overhead.json"
+    assert overhead.main(["--runs", "20", "--device", "cpu", "--out", str(path)]) == 0
+    output, rows = capsys.readouterr().out, json.loads(path.read_text())["rows"]
+    assert {name.partition(",")[0] for name in rows} == {"fake_quant", "bucket_compare", "logit_margin_hinge"}
+    assert max(map(len, output.splitlines())) <= 80
+    for name, row in rows.items():
+        assert name in output and list(row) == list(overhead.LAYERS)
+        assert all(0 < row[layer]["p20_us"] <= row[layer]["p50_us"] <= row[layer]["p80_us"] for layer in row)
+        assert "added_us" not in row["bare"] and row["op"]["added_us"] > -1e6
+
+
+def test_overhead_takes_turns_and_waits_before_each_call(monkeypatch):
+    monkeypatch.setattr(overhead, "_WARM_UP", 1)
+    clock, order = iter(range(0, 10**9, 1000)), []
+    monkeypatch.setattr(overhead.time, "perf_counter_ns", lambda: next(clock))
+    layers = {layer: lambda layer=layer: order.append(layer) or next(clock) for layer in overhead.LAYERS}
+    layers["bare"] = lambda: order.append("bare")
+    row = overhead.measure(layers, 3, lambda: order.append("wait"))
+    assert order == ["wait", "bare", "wait", "op", "wait", "public"] * 4
+    assert row["bare"] == {"p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0} and row["op"]["added_us"] == 1.0
+
+
+def test_the_layers_of_an_op_are_one_op():
+    for name, layers in overhead.calls(torch.device("cpu")):
+        answers = [layers[layer]() for layer in overhead.LAYERS]
+        if name.startswith("fake_quant"):
+            assert torch.equal(answers[0], answers[1]) and torch.equal(answers[1], answers[2])
+            assert answers[2].requires_grad == name.endswith("graph")
+        elif name == "bucket_compare":
+            assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(
+                answers[2].code_distance, answers[0][0][4:]
+            )
+        else:
+            assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[2], answers[0][0].sum() / 4)
+            assert answers[2].requires_grad == name.endswith("graph")
+
+
+def test_overhead_without_a_device(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert overhead.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "bench.overhead: --device: expected cpu, as there is no CUDA device; got cuda\n"
 
 
 def test_pytest_bench_uses_the_same_cases(tmp_path):

@@ -1,9 +1,9 @@
 """One case file an op; ``all_cases`` gives them, the headlines of every op first."""
 
 from ..case import Case
-from . import bucket_compare, fake_quant, margin_hinge, quantize
+from . import bucket_compare, fake_quant, linear_margin_hinge, margin_hinge, quantize, training_step
 
-_OPS = (fake_quant, bucket_compare, margin_hinge, quantize)
+_OPS = (fake_quant, bucket_compare, margin_hinge, linear_margin_hinge, quantize, training_step)
 
 
 def all_cases(size: float) -> list[Case]:

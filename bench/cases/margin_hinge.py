@@ -19,7 +19,7 @@ from ..models import GEMMA_2_9B, GPT2, LLAMA_2_7B, LLAMA_3_8B, QWEN3_8B, SMOLLM2
 
 _LOSS_MAY_ERR = 1e-4
 _MAY_DIFFER = 100  # of a million
-_MARGINS = {"per_logit": 1.0, "l2": 1e4, "linf": 100.0, "label": 1.0}
+MARGINS = {"per_logit": 1.0, "l2": 1e4, "linf": 100.0, "label": 1.0}
 
 
 def hinge(
@@ -115,7 +115,7 @@ def _case(
     model: Model, tokens: int, norm: str, space: str, dtype: torch.dtype, size: float, headline: bool = False
 ) -> Case:
     shape = model.logits(size, tokens)
-    options = {"norm": norm, "space": space, "margin": _MARGINS[norm]}
+    options = {"norm": norm, "space": space, "margin": MARGINS[norm]}
     one = prod(shape) * dtype.itemsize
     # The hinge of a label on raw logits needs one logit of each row; its gradient is written whole.
     useful = one if (norm, space) == ("label", "logits") else 3 * one

@@ -114,7 +114,7 @@ def test_the_whole_op(norm, space, dtype, softcap):
         hinge, active, log_prob, ref_log_prob, lse, stats = linear._forward(kernels, *models, labels, *options)
         outputs.append((hinge, active, log_prob, ref_log_prob))
         arguments = (*models, labels, lse, stats, *options, [True, True, True])
-        gradients.append(linear._backward_of_tiles(kernels, *grads, *arguments))
+        gradients.append(linear._backward_of_blocks(kernels, *grads, *arguments))
     assert 0 < (outputs[0][0] > 0).sum()
     for got, expected in zip(*outputs, strict=True):
         assert got.isfinite().all() and not got[1]
@@ -130,7 +130,7 @@ def test_the_whole_op(norm, space, dtype, softcap):
         torch.testing.assert_close(got, expected, rtol=16 * ulp, atol=atol)
     hinge, active, log_prob, ref_log_prob, lse, stats = linear._forward(linear._TRITON, *models, labels, *options)
     arguments = (*models, labels, lse, stats, *options, [True, True, True])
-    again = linear._backward_of_tiles(linear._TRITON, *grads, *arguments)
+    again = linear._backward_of_blocks(linear._TRITON, *grads, *arguments)
     assert all(map(torch.equal, again, gradients[0])), "two runs, the same bits"
 
 
@@ -148,5 +148,5 @@ def test_odd_rows(space):
     outputs = linear._forward(linear._TRITON, *none, labels[:0], *options)
     assert [x.shape[0] for x in outputs] == [0] * 6
     arguments = (*none, labels[:0], *outputs[4:], *options, [True, True, True])
-    grads = linear._backward_of_tiles(linear._TRITON, outputs[0], outputs[2], *arguments)
+    grads = linear._backward_of_blocks(linear._TRITON, outputs[0], outputs[2], *arguments)
     assert grads[0].shape == (0, 16) and not grads[1].any() and not grads[2].any()

@@ -1,4 +1,4 @@
-"""The weight ops on DTensors: two gloo processes against the same call on the whole tensor.
+"""The ops on DTensors: two gloo processes against the same call on the whole tensor.
 
 The processes run once, every case in both. A case is judged by what each wrote before it left: gloo sometimes
 aborts when it is torn down, with every result correct.
@@ -6,6 +6,7 @@ aborts when it is torn down, with every result correct.
 
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from quail_kernels import FORMATS, bucket_compare, dequantize, fake_quant, get_format, quantize
+from quail_kernels import (
+    FORMATS,
+    bucket_compare,
+    dequantize,
+    fake_quant,
+    get_format,
+    linear_logit_margin_hinge,
+    logit_margin_hinge,
+    quantize,
+)
+from quail_kernels.margin_hinge import NORMS
 
 RANKS = 2
 FORMAT_NAMES = [*FORMATS, "bnb-nf4@4096", "minmax-int4@32"]
@@ -149,6 +160,96 @@ def formats_in_turn(_):
         assert torch.equal(fake_quant(sharded, "ct-int4-sym", size).full_tensor(), fake_quant(w, "ct-int4-sym", size))
 
 
+def logits_of_ranks(norm):
+    from torch.distributed.tensor import Replicate, Shard
+
+    for shape in ((6, 33), (7, 33), (4, 3, 33)):
+        z, ref = weights(*shape) * 100, weights(*shape, seed=1) * 100
+        labels = torch.arange(z[..., 0].numel()).view(shape[:-1])
+        labels.view(-1)[1] = -100
+        for space in ("logits", "log_probs"):
+            options = {"margin": {"l2": 30.0, "linf": 9.0}.get(norm, 2.0), "norm": norm, "space": space}
+            whole = z.clone().requires_grad_()
+            expected, share = logit_margin_hinge(whole, ref, labels, **options, return_active_share=True)
+            (expected_grad,) = torch.autograd.grad(expected, whole)
+            assert expected > 0
+            for place in (Shard(0), Shard(len(shape) - 1), Replicate()):
+                rows = place if place.is_shard(0) else Replicate()
+                sharded = shard(z, place).requires_grad_()
+                got, got_share = logit_margin_hinge(
+                    sharded, shard(ref, place), shard(labels, rows), **options, return_active_share=True
+                )
+                (grad,) = torch.autograd.grad(got, sharded)
+                torch.testing.assert_close(got.full_tensor(), expected)
+                torch.testing.assert_close(got_share.full_tensor(), share)
+                torch.testing.assert_close(grad.full_tensor(), expected_grad)
+
+
+def heads(tokens, seed):
+    """Hidden states, an output head and its bias."""
+    hidden, weight = weights(*tokens, 12, seed=seed) * 50, weights(33, 12, seed=seed + 1) * 20
+    return [hidden, weight, weights(33, seed=seed + 2)]
+
+
+def hidden_states_of_ranks(norm):
+    """Tokens sharded, heads whole, sharded over the vocabulary or over features; gradients are those of the whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    cases = (((6,), True, "logits"), ((7,), False, "log_probs"), ((4, 3), True, "log_probs"), ((3, 3), True, "logits"))
+    for tokens, bias, space in cases:
+        model, reference = heads(tokens, seed=0), heads(tokens, seed=3)
+        labels = torch.arange(math.prod(tokens)).view(tokens)
+        labels.view(-1)[1] = -100
+        options = {"margin": {"l2": 30.0, "linf": 9.0}.get(norm, 2.0), "norm": norm, "space": space}
+
+        def step(place, of_tokens, of_head, losses, tensors=(*model, *reference, labels), bias=bias, options=options):
+            hidden, weight, b, ref_hidden, ref_weight, ref_b, targets = (
+                place(x, of_tokens if i in (0, 3, 6) else of_head) for i, x in enumerate(tensors)
+            )
+            leaves = [x.requires_grad_() for x in (hidden, weight, b)[: 3 if bias else 2]]
+            biases = {"bias": b, "ref_bias": ref_b} if bias else {}
+            got = linear_logit_margin_hinge(
+                hidden, weight, ref_hidden, ref_weight, targets, chunk_tokens=2, softcap=30.0, **biases, **options
+            )
+            terms = {"hinge": got.loss, "log_probs": got.label_log_probs.sum()}
+            return *got, *torch.autograd.grad(sum(terms[name] for name in losses), leaves)
+
+        for losses in (["hinge"], ["log_probs"], ["hinge", "log_probs"]):
+            expected = step(lambda x, _: x.clone(), None, None, losses)
+            assert expected[0] > 0
+            for of_tokens, of_head in (
+                (Shard(len(tokens) - 1), Replicate()),
+                (Shard(0), Replicate()),
+                (Shard(0), Shard(0)),
+                (Replicate(), Shard(0)),
+                (Replicate(), Replicate()),
+            ):
+                got = step(shard, of_tokens, of_head, losses)
+                for a, b in zip(got, expected, strict=True):
+                    torch.testing.assert_close(a.full_tensor(), b, rtol=1e-5, atol=1e-5)
+    op = torch.ops.quail.linear_logit_margin_hinge
+    placed = [shard(x, Shard(0) if i == 0 else Replicate()) for i, x in enumerate(heads((6,), seed=0))]
+    labels = shard(torch.arange(6), Shard(0))
+    outputs = op(*placed, *placed, labels, 1.0, norm, "logits", -100, 1.0, None, 2)
+    assert {out.placements for out in outputs} == {(Shard(0),)}
+    grads = torch.ops.quail.linear_logit_margin_hinge_backward(
+        -100, outputs[0], None, *placed, *placed, labels, *outputs[4:], 1.0, norm, "logits", 1.0, None, 2, [True] * 3
+    )
+    assert grads[0].placements == (Shard(0),)
+    assert all(grad.placements[0].is_partial("sum") for grad in grads[1:])
+
+
+def a_plain_tensor_among_dtensors(_):
+    from torch.distributed.tensor import Replicate
+
+    hidden, weight, _ = heads((6,), seed=0)
+    sharded = shard(hidden, Replicate())
+    with pytest.raises(ValueError, match="^weight: expected a DTensor, as hidden is; got a plain tensor$"):
+        linear_logit_margin_hinge(sharded, weight, sharded, weight, torch.arange(6), margin=1.0)
+    with pytest.raises(ValueError, match="^ref_hidden: expected a plain tensor, as hidden is; got a DTensor$"):
+        linear_logit_margin_hinge(hidden, weight, sharded, weight, torch.arange(6), margin=1.0)
+
+
 def compiled(_):
     from torch.distributed.tensor import Shard
 
@@ -206,6 +307,9 @@ CASES = {
         (nan_of_one_rank, FORMATS),
         (mesh_of_two_dimensions, ["bnb-nf4"]),
         (formats_in_turn, ["all"]),
+        (logits_of_ranks, NORMS),
+        (hidden_states_of_ranks, NORMS),
+        (a_plain_tensor_among_dtensors, ["hidden"]),
         (compiled, ["bnb-nf4"]),
         (fully_sharded_training, ["bnb-nf4"]),
     )

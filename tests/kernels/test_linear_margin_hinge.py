@@ -193,31 +193,49 @@ def test_chunk_boundaries(norm, tokens):
 
 @pytest.mark.parametrize("norm", ["per_logit", "linf"])
 def test_sums_over_many_terms_keep_their_precision(norm):
-    """bf16 gradients of 128 chunks or blocks are those of one, but for the rounding of the terms themselves."""
+    """bf16 gradients of 128 blocks are those of one, but for the rounding of the terms themselves."""
     hidden, weight, *others, _ = models(256, vocab=2048, features=16, dtype=torch.bfloat16)
     arguments = (hidden.abs(), weight.abs(), *others)  # terms of one sign, whose sum outgrows each of them
     options = dict(margin=9.0, norm=norm, space="logits", reduction="none")
     given = (torch.ones(256), -torch.ones(256))
     runs = [
         differentiate(linear_logit_margin_hinge, arguments, {}, given, chunk_tokens=chunk, **options)[1]
-        for chunk in (1024 if norm == "linf" else 2**30, 2)
+        for chunk in (2**30, 2)
     ]
-    assert len(linear._tiles(256, 2048, norm, 2)) == 128
+    assert len(linear._blocks(256, 2048, 2)) == 128
     for many, one in zip(*runs, strict=True):
         assert (many - one).double().norm() <= 2**-8 * one.double().norm()
 
 
 def test_blocks_of_the_vocabulary_cover_it_once():
     for n, vocab, chunk in [(0, 50257, 1024), (1, 1, 1024), (4096, 128256, 1024), (4097, 50257, 1024), (5000, 2999, 1)]:
-        for norm in ("per_logit", "linf"):
-            tiles = linear._tiles(n, vocab, norm, chunk)
-            covered = sum((rows.stop - rows.start) * (block.stop - block.start) for rows, block in tiles)
-            assert covered == n * vocab and tiles[-1] == (
-                slice(tiles[-1][0].start, n),
-                slice(tiles[-1][1].start, vocab),
-            )
-            assert all(block.start % 16 == 0 for _, block in tiles)
-            assert tiles[0][0].stop * tiles[0][1].stop <= max(n * 1024, chunk * vocab)
+        blocks = linear._blocks(n, vocab, chunk)
+        assert [v for block in blocks for v in range(vocab)[block]] == list(range(vocab))
+        assert all(block.start % 16 == 0 for block in blocks)
+        assert n * blocks[0].stop <= max(n * 1024, chunk * vocab)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [PLAIN, SHAPED], ids=["plain", "scale-softcap-bias"])
+@pytest.mark.parametrize(("tokens", "vocab", "chunk"), [(70, 3001, 20), (40, 5000, 7), (33, 3001, 64)])
+def test_the_farthest_logits_are_found_again(space, dtype, shape, tokens, vocab, chunk):
+    """The backward pass's logits are the forward pass's to the last bit: every token has a gradient of its own."""
+    *arguments, biases = models(tokens, vocab=vocab, features=96, dtype=dtype, bias=shape is SHAPED)
+    arguments[-1] = arguments[-1].clamp(min=0)
+    options = dict(margin=1e3, norm="linf", space=space, reduction="none", chunk_tokens=chunk, **shape)
+    assert len(linear._blocks(tokens, vocab, chunk)) > 1
+    ones = (torch.ones(tokens), None)
+    _, (of_hidden, *_) = differentiate(linear_logit_margin_hinge, arguments, biases, ones, **options)
+    assert of_hidden.abs().amax(dim=1).min() > 1e-3
+    if space == "logits" and shape is PLAIN:
+        # Of each token dL/dz sums to -1 over the farthest logits, up to signs, so that weights of 1 tell it.
+        arguments[1][:, 0] = 1.0
+        arguments[3][:, 0] = 1.0
+        arguments[2] = arguments[0].clone()
+        arguments[2][:, 0] += 20.0  # all differences have one sign
+        _, (of_hidden, *_) = differentiate(linear_logit_margin_hinge, arguments, biases, ones, **options)
+        torch.testing.assert_close(of_hidden[:, 0].float(), torch.ones(tokens), rtol=2**-7, atol=0)
 
 
 @CASES
@@ -380,7 +398,7 @@ def allocations(monkeypatch):
 
         return inside
 
-    for name in ("_forward", "_backward_of_tiles"):
+    for name in ("_forward", "_backward_of_blocks"):
         monkeypatch.setattr(linear, name, seen(getattr(linear, name)))
     return mode
 
@@ -401,19 +419,20 @@ def test_no_tensor_of_all_logits(norm, shape, allocations):
     assert allocations.largest >= tokens * vocab, "the eager path holds what this is about"
 
 
+@CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_is_a_tenth(dtype, allocations, monkeypatch):
+def test_memory_is_a_tenth(norm, space, dtype, allocations, monkeypatch):
     """The proportions of 4,096 tokens, a vocabulary of 128,256 and 2,048 features; inputs are not counted."""
     monkeypatch.setattr("quail_kernels.margin_hinge._CHUNK", 1 << 14)
     *arguments, _ = models(1024, vocab=4096, features=64, dtype=dtype)
     arguments[-1] = arguments[-1].clamp(min=0)  # every token counts
     gradients = sum(x.nbytes for x in arguments[:2])
     peaks = []
-    for function, extra in ((eager, PLAIN), (linear_logit_margin_hinge, dict(chunk_tokens=256))):
+    for function, extra in ((eager, PLAIN), (linear_logit_margin_hinge, dict(chunk_tokens=512 // dtype.itemsize))):
         leaves = [x.clone().requires_grad_() for x in arguments[:2]]
         allocations.alive, allocations.peak = 0, 0
         with allocations:
-            got = function(*leaves, *arguments[2:], margin=0.1, norm="per_logit", space="logits", **extra)
+            got = function(*leaves, *arguments[2:], margin=0.1, norm=norm, space=space, **extra)
             (got.loss + got.label_log_probs.mean()).backward()
         peaks.append(allocations.peak)
         assert all(leaf.grad is not None for leaf in leaves)
@@ -423,7 +442,7 @@ def test_memory_is_a_tenth(dtype, allocations, monkeypatch):
 
 
 def test_work_that_is_not_needed_is_not_done(allocations):
-    """Products per chunk: two forward; backward one for each model's logits and one for each gradient."""
+    """Products of one chunk and block: two forward; backward one for each model's logits and one for each gradient."""
     hidden, weight, ref_hidden, ref_weight, labels, _ = models(8)
 
     def products(hidden, weight, loss):
@@ -462,7 +481,7 @@ def test_opcheck(norm, space):
     hinge, _, log_prob, _, lse, stats = ops.linear_logit_margin_hinge(*models_, *options)
     for grads in ((torch.randn_like(hinge), torch.randn_like(log_prob)), (None, torch.randn_like(log_prob))):
         for needed in ([True, True, True], [True, False, False], [False, True, True]):
-            arguments = (*grads, *models_, lse, stats, *options, needed)
+            arguments = (IGNORED, *grads, *models_, lse, stats, *options[:3], *options[4:], needed)
             opcheck(ops.linear_logit_margin_hinge_backward.default, arguments)
 
 
