@@ -173,6 +173,7 @@ class Change:
         self.before, self.after = before.float().view(-1), after.float().view(-1)
         self.signed = self.after - self.before
         self.size = self.signed.abs()
+        self.max_size = self.size.amax()
         is_unchanged = torch.eq(self.size, 0, out=torch.empty_like(self.size))
         self.n_unchanged = is_unchanged.sum()
         self.sum_size = self.size.sum(dtype=torch.float64)
@@ -265,7 +266,7 @@ def _bucket_compare_torch(
         count_distances(code_distance, bucket, y_bucket)
         sums[0] += change.sum_size
         sums[1] += change.in_steps(step).clamp_(max=1).sum(dtype=torch.float64)
-        top = torch.maximum(top, change.size.amax().view(torch.int32))
+        top = torch.maximum(top, change.max_size.view(torch.int32))
         chunks += 1
         if per_group:
             group_same[groups] += (y_bucket == bucket).view(x.shape).sum(dim=1)

@@ -13,8 +13,8 @@ An update that is delivered whole has 1, 1, 1; in one that is delivered by a few
 share stays near 1 while the cosine falls. The pass also counts how large |dw| is against the width s of the bucket
 that w_before lies in, by powers of two.
 
-It is written for CPU cores, in operations on as many weights as a core's cache holds, and runs on any device. Several
-threads may call it at once.
+It is written for CPU cores, in operations on as many weights as a core's cache holds, and several threads may call
+it at once. On another device it runs as well, waiting for that device with each chunk.
 """
 
 import math
@@ -37,13 +37,14 @@ STEP_EDGES = (
 )
 # fp32 keeps 2^k as (k + 127) << 23: without 22 bits, what is left counts half octaves.
 _FIRST_BIN, _LAST_BIN = 2 * (127 + _LOWEST) - 1, 2 * (127 + _HIGHEST)
+_COUNTS = ("on_grid", "zero_groups", "below_half_step", "unchanged")
 _SUMS = ("sum_square_change", "sum_square_delivered", "sum_change_delivered")
 
 
 @dataclass(frozen=True)
 class UpdateComparison:
-    """What ``compare_update`` found: tensors on the device of the weights. Nothing synchronises but ``to_dict()``
-    and ``step_quantiles()``, once. ``a + b`` is the comparison of both updates together.
+    """What ``compare_update`` found: tensors on the device of the weights. ``a + b`` is the comparison of both updates
+    together.
 
     Attributes:
         own: as of ``bucket_compare(scales="own")``.
@@ -124,85 +125,91 @@ def _quantile(counts: list[int], edges: tuple[float, ...], share: float) -> floa
 
 
 class _Tally:
-    """What one recipe's comparisons of chunks add up to."""
+    """What one recipe's comparisons of chunks add up to, as Python numbers.
+
+    Small tensors that outlive a chunk would each break a hole in the memory that the next one's large tensors take.
+    """
 
     def __init__(self, recipe: Format, before: Range | None, after: Range | None):
         self.recipe, self._ranges = recipe, (before, after)
         of = [recipe.fit_range(*ends) if ends and recipe.looks_at_tensor else None for ends in self._ranges]
         self._of_before, self._of_after = of
-        self.counts, self.sums, self.products, self.tops, self.sizes = [], [], [], [], []
-        self.same_distance, self.own_distance = [0] * BINS, [0] * BINS
+        self._totals = dict.fromkeys((*_COUNTS, "sum_abs_change", "sum_flip_law", *_SUMS), 0)
+        self._max_change = 0.0
+        self._same_grid, self._own_grid = ({"same_value": 0, "code_distance": [0] * BINS} for _ in range(2))
+        self._sizes = torch.zeros(_LAST_BIN - _FIRST_BIN + 1, dtype=torch.int64)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, short: bool, change: Change) -> None:
         """One chunk, its groups as rows."""
-        recipe, dtype = self.recipe, x.dtype
+        recipe, dtype, totals = self.recipe, x.dtype, self._totals
         params, own_params = recipe.params(x, short, self._of_before), recipe.params(y, short, self._of_after)
         x, y = change.before.view(x.shape), change.after.view(x.shape)
         rank = recipe.rank(x, params, short)
         self._add_steps(change, step_of(recipe, rank, params))
         bucket, value = place_and_value(recipe, rank, params, dtype)
         del rank
+        y_bucket, y_value = place_and_value(recipe, recipe.rank(y, own_params, short), own_params, dtype)
         is_equal = torch.empty_like(value)
-        counts = [torch.eq(value, change.before, out=is_equal).sum()]
-        for y_params, distance in ((params, self.same_distance), (own_params, self.own_distance)):
-            y_bucket, y_value = place_and_value(recipe, recipe.rank(y, y_params, short), y_params, dtype)
-            counts.append(torch.eq(y_value, value, out=is_equal).sum())
-            count_distances(distance, bucket, y_bucket)
-        delivered = y_value.sub_(value)
-        self.counts += [*counts, change.is_zero_group(x.shape[1]).sum(dtype=torch.float32), change.n_unchanged]
-        self.sums.append(change.sum_size)
-        self.products += [change.sum_square, torch.dot(delivered, delivered), torch.dot(change.signed, delivered)]
-        self.tops.append(change.size.amax())
+
+        def count(grid: dict) -> None:
+            grid["same_value"] += int(torch.eq(y_value, value, out=is_equal).sum())
+            count_distances(grid["code_distance"], bucket, y_bucket)
+
+        count(self._own_grid)
+        if torch.equal(params, own_params):
+            count(self._same_grid)
+        delivered = y_value - value
+        totals["sum_square_delivered"] += torch.dot(delivered, delivered).item()
+        totals["sum_change_delivered"] += torch.dot(change.signed, delivered).item()
+        if not torch.equal(params, own_params):
+            y_bucket, y_value = place_and_value(recipe, recipe.rank(y, params, short), params, dtype)
+            count(self._same_grid)
+        totals["on_grid"] += int(torch.eq(value, change.before, out=is_equal).sum())
+        totals["zero_groups"] += int(change.is_zero_group(x.shape[1]).sum())
+        totals["unchanged"] += int(change.n_unchanged)
+        totals["sum_abs_change"] += change.sum_size.item()
+        totals["sum_square_change"] += change.sum_square.item()
+        largest = change.max_size.item()
+        if math.isnan(largest) or largest > self._max_change:
+            self._max_change = largest
 
     def _add_steps(self, change: Change, step: torch.Tensor) -> None:
-        self.counts.append(change.is_below_half(step).sum())
+        self._totals["below_half_step"] += int(change.is_below_half(step).sum())
         in_steps = change.in_steps(step)
         half_octaves = (in_steps.view(torch.int32) >> 22).clamp_(_FIRST_BIN, _LAST_BIN).sub_(_FIRST_BIN)
-        self.sizes.append(torch.bincount(half_octaves.to(torch.uint8), minlength=_LAST_BIN - _FIRST_BIN + 1))
-        self.sums.append(in_steps.clamp_(max=1).sum(dtype=torch.float64))
+        self._sizes += torch.bincount(half_octaves.to(torch.uint8), minlength=len(self._sizes)).cpu()
+        self._totals["sum_flip_law"] += in_steps.clamp_(max=1).sum(dtype=torch.float64).item()
 
     def result(self, n: int, starts: bool, device: torch.device) -> UpdateComparison:
-        chunks = len(self.tops)
-        if chunks:
-            # A chunk's counts are below 2^24, and so exact in fp32.
-            counts = torch.stack(self.counts).view(chunks, -1).sum(dim=0, dtype=torch.float64).long()
-            sums = torch.stack(self.sums).view(chunks, -1).sum(dim=0)
-            # By their bits NaN is above infinity.
-            top = torch.stack(self.tops).view(torch.int32).amax().view(torch.float32).double()
-            products = torch.stack(self.products).view(chunks, -1).sum(dim=0, dtype=torch.float64)
-            sizes = torch.stack(self.sizes).sum(dim=0)
-        else:
-            counts = torch.zeros(6, dtype=torch.int64, device=device)
-            sums, products = (torch.zeros(k, dtype=torch.float64, device=device) for k in (2, 3))
-            top = torch.zeros((), dtype=torch.float64, device=device)
-            sizes = torch.zeros(_LAST_BIN - _FIRST_BIN + 1, dtype=torch.int64, device=device)
-        below_half_step, on_grid, same_value, own_value, zero_groups, unchanged = counts.unbind()
+        totals = self._totals
         groups = self.recipe.groups(n)
         if self.recipe.group_size is None:
             # The group is counted with the block that starts the tensor: it is zero where all of the tensor is.
             groups = groups if starts else 0
-            zero_groups = torch.zeros_like(zero_groups)
-            if groups:
-                ends = torch.stack([end.float() for ends in self._ranges for end in ends])
-                zero_groups = (ends == 0).all().long()
+            totals["zero_groups"] = int(groups and all(end == 0 for ends in self._ranges for end in ends))
+
+        def exact(number: int | list[int]) -> torch.Tensor:
+            return torch.tensor(number, dtype=torch.int64, device=device)
+
+        def fp64(number: float) -> torch.Tensor:
+            return torch.tensor(number, dtype=torch.float64, device=device)
+
         common = {
             "total": n,
             "groups": groups,
-            "on_grid": on_grid,
-            "zero_groups": zero_groups,
-            "below_half_step": below_half_step,
-            "sum_abs_change": sums[1],
-            "max_abs_change": top,
-            "sum_flip_law": sums[0],
+            **{name: exact(totals[name]) for name in ("on_grid", "zero_groups", "below_half_step")},
+            **{name: fp64(totals[name]) for name in ("sum_abs_change", "sum_flip_law")},
+            "max_abs_change": fp64(self._max_change),
         }
-        sizes = torch.cat([unchanged.view(1), sizes])
-        sizes[1] -= unchanged
-        own_distance, same_distance = torch.tensor([self.own_distance, self.same_distance], device=device)
+        unchanged = totals["unchanged"]
         return UpdateComparison(
-            BucketComparison(code_distance=own_distance, same_value=own_value, **common),
-            BucketComparison(code_distance=same_distance, same_value=same_value, **common),
-            **dict(zip(_SUMS, products, strict=True)),
-            step_histogram=sizes,
+            *(
+                BucketComparison(**{name: exact(found) for name, found in grid.items()}, **common)
+                for grid in (self._own_grid, self._same_grid)
+            ),
+            **{name: fp64(totals[name]) for name in _SUMS},
+            # What did not change is in the first bin of its own, and was counted in the lowest, too.
+            step_histogram=exact([unchanged, int(self._sizes[0]) - unchanged, *self._sizes[1:].tolist()]),
         )
 
 

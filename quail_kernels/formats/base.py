@@ -11,7 +11,7 @@ ROW_SIZES = range(8, 4097, 8)
 # Small enough for a chunk's temporaries, half a megabyte each in fp32, to stay in cache, and large enough for an
 # operation to take longer than its call.
 _CHUNK_OF_A_CORE = 1 << 17
-_LARGEST_CHUNK = 1 << 20
+_LARGEST_CHUNK = 1 << 19
 
 
 @dataclass(frozen=True)

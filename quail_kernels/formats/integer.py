@@ -322,7 +322,7 @@ def minmax_fit(x, mask, absmax):
     low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
     high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
     low = tl.where(absmax == absmax, low, absmax) + 0.0
-    return (high + 0.0 - low) * 0.0625, low
+    return tl.abs((high - low) * 0.0625), low
 
 
 @triton.jit
