@@ -15,6 +15,7 @@ from quail_kernels.margin_hinge import NORMS, SPACES
 fake_quant = importlib.import_module("quail_kernels.fake_quant")
 bucket_compare = importlib.import_module("quail_kernels.bucket_compare")
 hinge = importlib.import_module("quail_kernels.margin_hinge")
+linear = importlib.import_module("quail_kernels.linear_margin_hinge")
 
 TILE = 2048
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -179,3 +180,66 @@ def test_hinge_backward(norm, space, dtype, ref_dtype, vocab, inplace):
     assert_once(launch.writes("out_ptr"), "the gradient")
     assert launch.bytes_read("z_ptr") == reads_z.sum() * z.element_size()
     assert bytes_written(launch) == z.numel() * z.element_size(), "nothing of the rows around them"
+
+
+def padded(values):
+    """The same values as the first columns of a buffer as the linear hinge has them; how long its rows are."""
+    buffer = linear._buffer(*values.shape, values).zero_()
+    buffer[:, : values.shape[1]] = values
+    return buffer[:, : values.shape[1]], buffer.shape[1]
+
+
+EPILOGUES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+VOCABULARIES = pytest.mark.parametrize("vocab", [1157, 2048])
+
+
+def assert_rows(counts, kept, what):
+    """Once for each element of the rows that are kept, padding included, and never for the others."""
+    assert torch.equal(counts.bool(), kept[:, None].expand_as(counts)) and counts.max() == 1, what
+
+
+@EPILOGUES
+@VOCABULARIES
+@pytest.mark.parametrize(
+    ("logit_scale", "softcap", "has_lse"), [(1.0, None, True), (0.5, None, True), (1.0, 30.0, True), (1.0, 30.0, False)]
+)
+def test_logits_of_the_linear_hinge(dtype, vocab, logit_scale, softcap, has_lse):
+    labels = torch.tensor([2, -100, vocab - 1, 9])
+    z, width = padded(torch.randn(4, vocab, generator=torch.Generator().manual_seed(0)).to(dtype))
+    lse = torch.empty(4) if has_lse else None
+    with traffic() as launches:
+        linear._epilogue_fwd_triton(lse, z, labels, logit_scale, softcap, -100, 512)
+    launch = only(launches)
+    kept = labels != -100
+    assert launch.bytes_read("z_ptr") == 3 * width * z.element_size(), "the kept rows, and their padding"
+    assert_rows(launch.reads("z_ptr"), kept, "logits")
+    assert_once(launch.reads("labels_ptr"), "labels")
+    shaped = logit_scale != 1 or softcap is not None
+    if shaped:
+        assert_rows(launch.writes("z_ptr"), kept, "logits")
+    if has_lse:
+        assert_once(launch.writes("lse_ptr"), "normalizers")
+    assert bytes_written(launch) == shaped * 3 * width * z.element_size() + has_lse * 4 * 4
+
+
+@EPILOGUES
+@VOCABULARIES
+@pytest.mark.parametrize("parts", ["hinge", "log_prob", "both"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_gradient_of_the_products(dtype, vocab, parts, softcap):
+    labels = torch.tensor([2, -1, vocab, 9])
+    generator = torch.Generator().manual_seed(0)
+    z, width = padded(torch.randn(4, vocab, generator=generator).to(dtype))
+    of_hinge = padded(torch.randn(4, vocab, generator=generator).to(dtype))[0] if parts != "log_prob" else None
+    of_log_prob = torch.randn(4, generator=generator) if parts != "hinge" else None
+    with traffic() as launches:
+        linear._epilogue_bwd_triton(z, of_hinge, torch.ones(4), of_log_prob, labels, 1.0, softcap, 512)
+    launch = only(launches)
+    row, kept = width * z.element_size(), labels != -1
+    assert_rows(launch.reads("z_ptr"), kept, "logits")
+    assert launch.bytes_read("z_ptr") == 3 * row
+    if of_hinge is not None:
+        assert_rows(launch.reads("grad_hinge_logits_ptr"), kept, "the hinge's gradient")
+        assert launch.bytes_read("grad_hinge_logits_ptr") == 3 * row
+    assert_rows(launch.writes("z_ptr"), torch.ones(4, dtype=torch.bool), "gradients, those of ignored rows too")
+    assert bytes_written(launch) == 4 * row
