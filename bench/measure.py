@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
 _MAX_RUNS, _MIN_RUNS = 200, 5
 _QUANTILES = {"p20_ms": 0.2, "p50_ms": 0.5, "p80_ms": 0.8}
 
@@ -112,23 +113,31 @@ def _last_level_cache() -> int:
     return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=2**25)
 
 
+def forget_peak() -> None:
+    """The most resident memory of this process is from now on what it is now; Linux only."""
+    CLEAR_REFS.write_text("5", encoding="ascii")
+
+
+def resident(field: str) -> int:
+    """``VmRSS``, what is resident now, or ``VmHWM``, the most since ``forget_peak``, in bytes; Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def _peak_extra_resident(call: Callable[[], object]) -> int | None:
+    if not CLEAR_REFS.exists():
+        return None
     try:
         # What the allocator keeps of freed memory would hide what the call takes of it.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _resident("VmRSS")
-        result = call()
-        peak = _resident("VmHWM")
-    except (OSError, AttributeError, ValueError):
-        return None
+    except AttributeError:  # of a C library that has no such function
+        pass
+    forget_peak()
+    before = resident("VmRSS")
+    result = call()
+    peak = resident("VmHWM")
     del result
     return max(peak - before, 0)
-
-
-def _resident(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
 
 
 def quantiles(milliseconds: list[float]) -> dict:

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -31,6 +30,8 @@ from quail_kernels.margin_hinge import NORMS, SPACES
 
 from . import machine, results
 from .cases.margin_hinge import MARGINS, hinge
+from .measure import CLEAR_REFS, forget_peak, resident
+from .run import now
 
 DTYPES = ("bfloat16", "float32")
 PATHS = ("eager", "quail")
@@ -46,7 +47,6 @@ _EAGER_TENSORS = {
     ("label", "log_probs"): (6, 5),
 }
 _LOSSES_MAY_DIFFER = 2e-3
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,6 @@ def _inputs(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> tu
     return x.requires_grad_(), weight.requires_grad_(), ref_x, ref_weight, labels
 
 
-def _resident(field: str) -> int:
-    """``VmRSS``, what is resident now, or ``VmHWM``, the most since the last reset, in bytes."""
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def measure(step: Step) -> dict:
     """The step in this process: bytes resident at most beyond the inputs after forward and after backward."""
     run = {"eager": _eager, "quail": _quail}[step.path]
@@ -108,14 +102,14 @@ def measure(step: Step) -> dict:
     options = {"norm": step.norm, "space": step.space, "margin": MARGINS[step.norm]}
     run(*_inputs(64, 1024, 64, dtype), **options).backward()
     inputs = _inputs(step.tokens, step.vocabulary, step.hidden, dtype)
-    _CLEAR_REFS.write_text("5", encoding="ascii")  # the peak is what is resident now
-    before, began = _resident("VmRSS"), time.perf_counter()
+    forget_peak()
+    before, began = resident("VmRSS"), time.perf_counter()
     loss = run(*inputs, **options)
-    forward = _resident("VmHWM")
+    forward = resident("VmHWM")
     loss.backward()
     return {
         "forward_bytes": forward - before,
-        "step_bytes": _resident("VmHWM") - before,
+        "step_bytes": resident("VmHWM") - before,
         "gradient_bytes": sum(x.grad.nbytes for x in inputs[:2]),
         "loss": loss.item(),
         "seconds": round(time.perf_counter() - began, 1),
@@ -197,10 +191,6 @@ def _available() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _die(message: str) -> int:
     print(f"bench.memory: {message}", file=sys.stderr)
     return 2
@@ -211,12 +201,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.measure:
         print(json.dumps(measure(Step(**json.loads(options.measure)))))
         return 0
-    if not _CLEAR_REFS.exists():
-        return _die(f"expected Linux, whose {_CLEAR_REFS} resets the peak; found {sys.platform}")
+    if not CLEAR_REFS.exists():
+        return _die(f"expected Linux, whose {CLEAR_REFS} resets the peak; found {sys.platform}")
     for name in ("tokens", "vocabulary", "hidden"):
         if getattr(options, name) < 1:
             return _die(f"--{name}: expected a number above 0; got {getattr(options, name)}")
-    facts, started = machine.describe(torch.device("cpu")), _now()
+    facts, started = machine.describe(torch.device("cpu")), now()
     path = options.out
     try:
         if path is None:
@@ -243,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             results.save(document, path)
         outcome = "finished"
     finally:
-        document |= {"outcome": outcome, "finished": _now()}
+        document |= {"outcome": outcome, "finished": now()}
         results.save(document, path)
     return int(any(row["outcome"] == "failed" for row in document["rows"]))
 

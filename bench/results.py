@@ -73,7 +73,7 @@ def save(document: dict, path: Path) -> None:
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)  # it is gone already where the run was ended right after the replacement
         raise
 
 

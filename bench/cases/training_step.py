@@ -17,7 +17,7 @@ from quail_kernels import fake_quant, get_format, logit_margin_hinge
 from ..case import Case, Check, Peer, import_peer
 from ..models import LLAMA_32_1B, SMOLLM2_135M, Model
 from .margin_hinge import hinge
-from .weights import ranked
+from .plain_recipes import quantized, values
 
 _FORMAT = "bnb-nf4"
 _LAYERS, _TOKENS, _SEQUENCES = 2, 128, 8
@@ -51,8 +51,7 @@ def _quantized_weights(model: torch.nn.Module) -> list[str]:
 def _plain_fake_quant(w: torch.Tensor) -> torch.Tensor:
     """The recipe's arithmetic over the whole weight, the gradient straight through."""
     recipe = get_format(_FORMAT)
-    rank, params = ranked(w.detach(), recipe)
-    return w + (recipe.value(rank, params).to(w.dtype).view(w.shape) - w).detach()
+    return w + (values(*quantized(w.detach(), recipe), recipe).to(w.dtype).view(w.shape) - w).detach()
 
 
 def _our_hinge(z: torch.Tensor, ref: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
