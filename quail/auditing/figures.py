@@ -73,8 +73,8 @@ class Figures:
 
     @property
     def lost(self) -> bool:
-        """Whether there was an update and no value of the deployment shows it."""
-        return self.update_norm > 0 and self.delivered_norm == 0
+        """Whether there was an update and it left every weight in its bucket: if anything moves, it is scales."""
+        return self.update_norm > 0 and self.changed == 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class FormatRow:
     Attributes:
         shipped_in: how BEFORE came: in ``"this recipe"`` if at least 99 % of its weights lie on the grid of the
             recipe, in ``"4 bits"`` if they lie on some 4-bit grid, else in ``"16 bits"``.
-        lost_tensors, lost_layers: those that have an update of which not one value arrives.
+        lost_tensors, lost_layers: those that have an update by which not one weight leaves its bucket.
     """
 
     format: str

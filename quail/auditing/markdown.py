@@ -75,8 +75,8 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield ""
     yield from _wrap(
         "share: what arrives along the direction of dw; cosine: how far it stands out of the noise of rounding; "
-        "dq/dw: of their norms; lost: tensors, and whole layers, where dw is there and dq = 0; p50, p99: quantiles of "
-        "dw over the step s, up to 2."
+        "dq/dw: of their norms; lost: tensors, and whole layers, with an update that no weight's code shows; p50, p99: "
+        "quantiles of dw over the step s, up to 2."
     )
     yield ""
     yield "The update dw against the step s:"
