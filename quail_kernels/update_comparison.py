@@ -49,7 +49,8 @@ class UpdateComparison:
     Attributes:
         own: as of ``bucket_compare(scales="own")``.
         before_grid: as of ``bucket_compare(scales="before")``.
-        sum_square_change, sum_square_delivered, sum_change_delivered: fp64, of dw^2, dq^2 and dw dq.
+        sum_square_change, sum_square_delivered, sum_change_delivered: fp64, of dw^2, dq^2 and dw dq. Within a chunk
+            they are summed in fp32, and so a part in a million off; changes below 1e-19 do not count.
         step_histogram: int64 [37], how many weights have |dw| / s = 0 (dw = 0, whatever s is), below
             ``STEP_EDGES[0]``, from each edge to the next, and from the last on; there a NaN counts, too.
     """
