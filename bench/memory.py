@@ -140,6 +140,11 @@ def _rows(options: argparse.Namespace, limit: int) -> Iterator[dict]:
                 yield judge(row | {path: _measure_apart(step) for path, step in steps.items()})
 
 
+def _without_gradients(measured: dict) -> int:
+    """The forward pass has its peak before there are any; behind it all of them are counted out."""
+    return max(measured["forward_bytes"], measured["step_bytes"] - measured["gradient_bytes"])
+
+
 def judge(row: dict) -> dict:
     """With what follows from the two paths: ``outcome``, and ours as a share of eager, gradients counted and not."""
     eager, quail = (row[path] for path in PATHS)
@@ -148,7 +153,7 @@ def judge(row: dict) -> dict:
             return row | {"outcome": "failed", "reason": f"{path}: {row[path]['failed']}"}
     if not abs(quail["loss"] - eager["loss"]) <= _LOSSES_MAY_DIFFER * abs(eager["loss"]):
         return row | {"outcome": "failed", "reason": f"losses differ: {eager['loss']:.6g} and {quail['loss']:.6g}"}
-    bare = [row[path]["step_bytes"] - row[path]["gradient_bytes"] for path in PATHS]
+    bare = [_without_gradients(row[path]) for path in PATHS]
     shares = {"share": quail["step_bytes"] / eager["step_bytes"], "share_without_gradients": bare[1] / bare[0]}
     return row | {"outcome": "measured", "reason": None} | shares
 
@@ -164,7 +169,7 @@ def table(row: dict) -> str:
     if row["outcome"] != "measured":
         return f"{name}  {row['outcome']}: {row['reason']}"[:80]
     whole = [row[path]["step_bytes"] / 1e9 for path in PATHS]
-    bare = [(row[path]["step_bytes"] - row[path]["gradient_bytes"]) / 1e9 for path in PATHS]
+    bare = [_without_gradients(row[path]) / 1e9 for path in PATHS]
     return (
         f"{name}{whole[0]:>9.3f}{whole[1]:>7.3f}{100 * row['share']:>6.1f}%"
         f"{bare[0]:>9.3f}{bare[1]:>7.3f}{100 * row['share_without_gradients']:>6.1f}%"

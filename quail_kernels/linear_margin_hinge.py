@@ -706,12 +706,16 @@ def linear_logit_margin_hinge(
 
     The formulas and the way of computing stand at the top of the file. Logits are what the products of the model's
     dtype give; scale and softcap are applied in fp32 and rounded once. Under autocast the heads run in its dtype.
-    Of the forward pass only numbers of tokens are kept; beside its results, the function holds ``chunk_tokens`` rows
-    of logits of each model at a time, or as many logits in blocks of the vocabulary. A head that needs no gradient,
-    frozen or under LoRA, costs no product; if only ``label_log_probs`` are differentiated, the reference's logits
-    are not recomputed. DTensors whose tokens are sharded stay so, with output heads whole on every rank, and the
-    gradients of these are sums over the ranks; heads that are sharded, or batches that are cut unevenly, are gathered
-    first.
+    Of the forward pass only numbers of tokens are kept. A head that needs no gradient, frozen or under LoRA, costs no
+    product; if only ``label_log_probs`` are differentiated, the reference's logits are not recomputed. DTensors whose
+    tokens are sharded stay so, with output heads whole on every rank, and the gradients of these are sums over the
+    ranks; heads that are sharded, or batches that are cut unevenly, are gathered first.
+
+    Memory: beside its results, ``chunk_tokens`` rows of logits of each model, and in the backward pass a quarter as
+    many logits, in blocks of the vocabulary. Measured on a CPU (``python -m bench.memory``) at 4,096 tokens, a
+    vocabulary of 128,256 and hidden size 2,048 in bf16: 0.75 to 0.79 GB beyond the inputs, where the eager hinge takes
+    8.4 (label) to 12.6 GB (per_logit), 6 to 9 %. 0.54 GB of that are the gradients of hidden and weight, which eager
+    returns as well; in the forward pass, without them, it is 0.58 to 0.62 GB.
 
     Args:
         hidden: float32, bfloat16 or float16 [..., D], of the model that unlearns, aligned with ``labels``:

@@ -516,10 +516,12 @@ def test_memory_of_a_small_step(tmp_path, capsys):
 
 
 def test_memory_row_judges_both_paths():
-    eager = {"step_bytes": 1000, "gradient_bytes": 100, "loss": 0.5}
-    quail = {"step_bytes": 190, "gradient_bytes": 100, "loss": 0.5005}
+    eager = {"forward_bytes": 700, "step_bytes": 1000, "gradient_bytes": 100, "loss": 0.5}
+    quail = {"forward_bytes": 90, "step_bytes": 185, "gradient_bytes": 100, "loss": 0.5005}
     row = memory.judge({"eager": eager, "quail": quail})
-    assert (row["outcome"], row["share"], row["share_without_gradients"]) == ("measured", 0.19, 0.1)
+    assert (row["outcome"], row["share"], row["share_without_gradients"]) == ("measured", 0.185, 0.1), (
+        "before the gradients 90, after 85"
+    )
     apart = memory.judge({"eager": eager, "quail": quail | {"loss": 0.6}})
     assert (apart["outcome"], apart["reason"]) == ("failed", "losses differ: 0.5 and 0.6")
     assert memory.judge({"eager": eager, "quail": quail | {"loss": float("nan")}})["outcome"] == "failed"
