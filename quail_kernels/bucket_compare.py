@@ -188,7 +188,7 @@ class Change:
 
     @functools.cached_property
     def sum_square(self) -> torch.Tensor:
-        return torch.dot(self.signed, self.signed)
+        return self.signed.square().sum()
 
     def is_below_half(self, step: torch.Tensor) -> torch.Tensor:
         """1.0 where |dw| < step / 2 or dw = 0; ``step`` is [groups, group_size], or [groups, 1]."""
