@@ -29,8 +29,9 @@ from typing import Literal
 import torch
 
 from ._sharding import admit_dtensors
-from ._triton import abs_bits, tl, triton
+from ._triton import larger, largest, tl, triton
 from .formats import Format, check_weight, get_format, group_chunks
+from .formats.base import tensor_range
 from .formats.tiles import (
     launch_options,
     strided,
@@ -47,7 +48,7 @@ from .formats.tiles import (
 _TILE = 1024
 _BINS = 16
 _PROGRAMS = 1024
-_STEPS = 8
+_STEPS = 16
 _COUNTS = ("same_value", "below_half_step", "on_grid", "zero_groups")  # then the bins of code_distance
 
 
@@ -175,7 +176,7 @@ def _bucket_compare_torch(
         value = recipe.value(rank, params).to(x.dtype)
         change = (y.float() - x.float()).abs()
         step = recipe.step(rank, params)
-        flip = (change / step).clamp(max=1).masked_fill(change == 0, 0)
+        flip = recipe.in_steps(change, rank, params).clamp(max=1)
         any_nonzero = ((x != 0) | (y != 0)).any(dim=1)
         counts[0] += (value == recipe.value(y_rank, y_params).to(x.dtype)).sum()
         counts[1] += ((change < step * 0.5) | (change == 0)).sum()
@@ -223,11 +224,13 @@ def _bucket_compare_fwd_kernel(
     LEVELS: tl.constexpr,
     BUCKETS: tl.constexpr,
     WIDTHS: tl.constexpr,
+    INVERSE_WIDTHS: tl.constexpr,
     SHARED_SCALES: tl.constexpr,
     PER_GROUP: tl.constexpr,
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    FULL: tl.constexpr,
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -244,15 +247,18 @@ def _bucket_compare_fwd_kernel(
     # and then over tiles, in fields just wide enough: of four bits for the distances, then of eight. Only what is left
     # after the last tile goes across threads, four fields to a sum.
     EIGHTS: tl.constexpr = BLOCK_GROUPS * BLOCK_SIZE // 8
+    UNIFORM: tl.constexpr = THRESHOLDS is not None and len(THRESHOLDS) == 0
     flags = tl.zeros([EIGHTS], tl.int32)
     even_distances = tl.zeros([EIGHTS], tl.int64)
     odd_distances = tl.zeros([EIGHTS], tl.int64)
     sum_change = tl.zeros([EIGHTS], tl.float32)
     sum_flip = tl.zeros([EIGHTS], tl.float32)
-    top = tl.zeros([EIGHTS], tl.int32)
+    top = tl.zeros([EIGHTS], tl.float32)
+    zero_groups = tl.zeros([BLOCK_GROUPS, 1], tl.int32)
+    smallest = tl.full([1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
-        group, offsets, mask = tile_offsets(tile, n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+        group, offsets, mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
         short = (group + 1) * GROUP_SIZE > n
         addresses = tile_addresses(
             group,
@@ -285,48 +291,52 @@ def _bucket_compare_fwd_kernel(
             y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
         else:
             of_before = tl.load(of_before_ptr) if NEEDS_TENSOR else 0.0
-            scale, aux = tile_fit(x, mask, short, of_before, dtype, KIND, RULE)
+            scale, aux, is_zero = tile_fit(x, mask, short, of_before, dtype, KIND, RULE, HAS_SHORT)
             if SHARED_SCALES:
-                y_scale, y_aux = scale, aux
+                y_scale, y_aux, y_is_zero = scale, aux, largest(tl.abs(y)) == 0
             else:
                 of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
-                y_scale, y_aux = tile_fit(y, mask, short, of_after, dtype, KIND, RULE)
-        pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
-        y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
+                y_scale, y_aux, y_is_zero = tile_fit(y, mask, short, of_after, dtype, KIND, RULE, HAS_SHORT)
+            zero_groups += tl.where(is_zero & y_is_zero & (group * GROUP_SIZE < n), 1, 0)
+        pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
+        y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT, not SHARED_SCALES)
 
-        bucket = tile_bucket(pos, scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-        y_bucket = tile_bucket(y_pos, y_scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-        distance = tl.minimum(tl.abs(y_bucket - bucket), 15)
+        bucket = tile_bucket(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
+        y_bucket = tile_bucket(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
+        distance = tl.abs(y_bucket - bucket)
+        if KIND == "q4_0":  # a scale of the other sign numbers them from the other end
+            distance = tl.minimum(distance, 15)
         value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
         y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-        step = tile_step(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS)
         change = tl.abs(y - x)
-        ratio = tl.div_rn(change, step)
-        flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
+        step, steps = tile_step(change, pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS, INVERSE_WIDTHS)
+        half_step = step * 0.5
+        if UNIFORM:
+            is_below = change < tl.where(half_step > 0, half_step, smallest)
+        else:
+            is_below = (change < half_step) | (change == 0)
 
-        row_top = tl.max(abs_bits(x), axis=1, keep_dims=True) | tl.max(abs_bits(y), axis=1, keep_dims=True)
-        here = tl.where(value == y_value, 1, 0)
-        here += tl.where((change < step * 0.5) | (change == 0), 1 << 8, 0)
-        here += tl.where(value == x, 1 << 16, 0)
-        here += tl.where((row_top == 0) & (tl.arange(0, BLOCK_SIZE)[None, :] == 0), 1 << 24, 0)
+        here = tl.where(value == y_value, 1, 0) + tl.where(is_below, 1 << 8, 0) + tl.where(value == x, 1 << 16, 0)
         flags += tl.sum(tl.where(mask, here, 0).reshape(EIGHTS, 8), axis=1)
         here = tl.where(mask, tl.full(mask.shape, 1, tl.int64) << (4 * distance).to(tl.int64), 0)
         here = tl.sum(here.reshape(EIGHTS, 8), axis=1)
         even_distances += here & 0x0F0F0F0F0F0F0F0F
         odd_distances += (here >> 4) & 0x0F0F0F0F0F0F0F0F
-        sum_change += tl.sum(tl.where(mask, change, 0.0).reshape(EIGHTS, 8), axis=1)
-        sum_flip += tl.sum(tl.where(mask, flip, 0.0).reshape(EIGHTS, 8), axis=1)
-        top = tl.maximum(top, tl.max(tl.where(mask, abs_bits(change), 0).reshape(EIGHTS, 8), axis=1))
+        # Masked lanes hold two zeros, and no change.
+        sum_change += tl.sum(change.reshape(EIGHTS, 8), axis=1)
+        flip = tl.minimum(steps, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        sum_flip += tl.sum(flip.reshape(EIGHTS, 8), axis=1)
+        top = larger(top, tl.reduce(change.reshape(EIGHTS, 8), 1, larger))
         if PER_GROUP:
             same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=1, keep_dims=True)
             tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
 
     counts_ptr += tl.program_id(0).to(tl.int64) * 20
     low = (flags & 0xFF) | ((flags & 0xFF00) << 8)
-    high = ((flags >> 16) & 0xFF) | ((flags >> 8) & 0xFF0000)
-    packed = tl.sum(low.to(tl.int64) | (high.to(tl.int64) << 32), axis=0)
-    for i in tl.static_range(4):
+    packed = tl.sum(low.to(tl.int64) | ((flags >> 16).to(tl.int64) << 32), axis=0)
+    for i in tl.static_range(3):
         tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
+    tl.store(counts_ptr + 3, tl.sum(tl.sum(zero_groups, axis=1), axis=0))
     for part in tl.static_range(4):
         distances = odd_distances if part % 2 else even_distances
         packed = tl.sum((distances >> (4 * (part - part % 2))) & 0x00FF00FF00FF00FF, axis=0)
@@ -335,7 +345,7 @@ def _bucket_compare_fwd_kernel(
     sums_ptr += tl.program_id(0).to(tl.int64) * 3
     tl.store(sums_ptr, tl.sum(sum_change, axis=0))
     tl.store(sums_ptr + 1, tl.sum(sum_flip, axis=0))
-    tl.store(sums_ptr + 2, tl.max(top, axis=0).to(tl.float32, bitcast=True))
+    tl.store(sums_ptr + 2, tl.abs(tl.reduce(top, 0, larger)))
 
 
 def _bucket_compare_triton(
@@ -361,7 +371,11 @@ def _bucket_compare_triton(
     counts = torch.empty(programs, len(_COUNTS) + _BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     row_same = torch.empty(rows if per_group else 0, dtype=torch.int32, device=device)
-    of_before = recipe.fit_tensor(before)
+    if recipe.group_size is None:
+        ends = torch.stack(tensor_range(before))[None]
+        of_before = recipe.fit(ends, False, None)
+    else:
+        of_before = recipe.fit_tensor(before)
     with torch.cuda.device_of(before):
         _bucket_compare_fwd_kernel[(programs,)](
             counts,
@@ -379,6 +393,7 @@ def _bucket_compare_triton(
             LEVELS=recipe.levels,
             BUCKETS=recipe.column("buckets"),
             WIDTHS=recipe.widths,
+            INVERSE_WIDTHS=recipe.inverse_widths,
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,
             **constants,
@@ -387,11 +402,12 @@ def _bucket_compare_triton(
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()
+    top = sums[:, 2].view(torch.int32).amax()
     if recipe.group_size is None:
-        # The rows of a whole-tensor group are pieces of it: it is zero where all of them are.
-        counts[3] = (counts[3] == rows).long()
+        # The rows of a whole-tensor group are pieces of it.
+        counts[3] = ((ends == 0).all() & (top == 0)).long()
         group_same = group_same.sum(dim=0, keepdim=True) if per_group else group_same
-    return counts, sums[:, :2].sum(dim=0, dtype=torch.float64), sums[:, 2].view(torch.int32).amax(), group_same
+    return counts, sums[:, :2].sum(dim=0, dtype=torch.float64), top, group_same
 
 
 # Among a DTensor's arguments only those from the first integer on tell one sharding from another: the format

@@ -109,6 +109,7 @@ def _fake_quant_fwd_kernel(
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    FULL: tl.constexpr,
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -116,7 +117,7 @@ def _fake_quant_fwd_kernel(
 ):
     """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         group,
@@ -135,8 +136,8 @@ def _fake_quant_fwd_kernel(
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
         of_tensor = tl.load(of_tensor_ptr) if NEEDS_TENSOR else 0.0
-        scale, aux = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE)
-    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
+        scale, aux, _ = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE, HAS_SHORT)
+    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
     w_q = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS)
     tl.store(w_q_ptr + offsets, w_q.to(dtype), mask=mask)
 
@@ -158,12 +159,14 @@ def _quantize_fwd_kernel(
     KIND: tl.constexpr,
     RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
     CODES: tl.constexpr,
     N_PARAMS: tl.constexpr,
     PAD_CODE: tl.constexpr,
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    FULL: tl.constexpr,
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -172,7 +175,7 @@ def _quantize_fwd_kernel(
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
     weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         group,
@@ -191,13 +194,13 @@ def _quantize_fwd_kernel(
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
         of_tensor = tl.load(of_tensor_ptr) if NEEDS_TENSOR else 0.0
-        scale, aux = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE)
+        scale, aux, _ = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE, HAS_SHORT)
         is_group = group * GROUP_SIZE < n
         tl.store(scales_ptr + N_PARAMS * group, scale.to(scales_ptr.dtype.element_ty), mask=is_group)
         if N_PARAMS == 2:
             tl.store(scales_ptr + 2 * group + 1, aux.to(scales_ptr.dtype.element_ty), mask=is_group)
-    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
-    code = tl.where(mask, tile_entry(pos, table_ptr, KIND, RULE, THRESHOLDS, CODES), PAD_CODE)
+    pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
+    code = tl.where(mask, tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, CODES), PAD_CODE)
     high, low_nibble = tl.split(code.reshape(BLOCK_GROUPS, BLOCK_SIZE // 2, 2))
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
     # In pairs and not in weights: the compiler then sees that a thread's bytes are neighbours.
@@ -221,13 +224,14 @@ def _dequantize_fwd_kernel(
     LEVELS: tl.constexpr,
     N_PARAMS: tl.constexpr,
     PER_TENSOR: tl.constexpr,
+    FULL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Reads half a byte a weight and the parameters of its group, and writes the weight: in bf16 2.5 bytes a weight,
     and what ``_quantize_fwd_kernel`` writes a group."""
-    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
@@ -294,6 +298,7 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
             recipe.kernel_table(w.device),
             n,
             codes.numel(),
+            LEVELS=recipe.levels,
             CODES=recipe.column("codes"),
             N_PARAMS=recipe.n_params,
             PAD_CODE=recipe.pad_code,

@@ -23,6 +23,7 @@ class Format:
     ``bucket(rank, params)``      its place on the number line; two ranks of one value are one bucket
     ``value(rank, params)``       what the bucket dequantizes to, before the cast to the model's dtype
     ``step(rank, params)``        the width of the bucket, fp32
+    ``in_steps(change, rank, params)``  a change of the weight in such widths, fp32
     ``kernel_rule(dtype)``        the constants that the tile functions of the rule's kind are given
 
     ``rank`` takes the parameters as ``fit`` gives them, ``value`` and ``step`` also as they are stored, in
@@ -39,6 +40,7 @@ class Format:
     needs_tensor = False  # whether fit looks at of_tensor
     thresholds = ()  # between ranks, on the scale of a weight's position; () where buckets are uniform
     widths = ()  # by rank, as many as levels, where thresholds are
+    inverse_widths = ()
     pad_code = 0
     codes = tuple(range(16))  # by rank: what is stored
     buckets = tuple(range(16))  # by rank
@@ -71,6 +73,9 @@ class Format:
 
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return torch.tensor(self.buckets, dtype=torch.int32, device=rank.device)[rank]
+
+    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return change * inverse(self.step(rank[:, :1], params))
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()
@@ -158,6 +163,11 @@ def group_chunks(w: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice
     """``group_spans`` of w, of any strides: (slice of weights, slice of groups, [groups, group_size], short)."""
     for span, groups, short in group_spans(w.numel(), recipe):
         yield span, groups, group_rows(flat_part(w, span), recipe, short), short
+
+
+def inverse(step: torch.Tensor) -> torch.Tensor:
+    """1 / step, the largest number for one that overflows: no change at all is then still no step."""
+    return (1.0 / step).clamp(max=torch.finfo(torch.float32).max)
 
 
 def table(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:

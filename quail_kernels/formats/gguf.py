@@ -28,8 +28,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .._triton import abs_bits, tl, triton
+from .._triton import abs_bits, shifted, tl, triton
 from .base import Format
+from .integer import masked_range
 
 
 def _through_fp16(params: torch.Tensor) -> torch.Tensor:
@@ -115,25 +116,23 @@ def q4_0_fit(x, absmax):
 
 
 @triton.jit
-def q4_1_fit(x, mask, absmax):
-    low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
-    high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
-    low = tl.where(absmax == absmax, tl.where(low == 0, 0.0, low), absmax)
-    high = tl.where(high == 0, 0.0, high)
-    return tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), low
+def q4_1_fit(x, mask):
+    low, high = masked_range(x, mask)
+    low, high = tl.where(low == 0, 0.0, low), tl.where(high == 0, 0.0, high)
+    return tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), low, (low == 0) & (high == 0)
 
 
 @triton.jit
-def gguf_position(x, scale):
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    return x * tl.where(scale == 0, 0.0, inverse)
-
-
-@triton.jit
-def gguf_rank(pos, ZERO: tl.constexpr):
-    shifted = pos + (ZERO + 0.5)
-    shifted = tl.where(shifted < float("inf"), shifted, 0.0)
-    return tl.floor(tl.minimum(tl.maximum(shifted, 0.0), 15.0))
+def gguf_position(x, scale, ZERO: tl.constexpr, OWN: tl.constexpr):
+    """The rank - ZERO + 1.5 * 2^23; NaN and infinity are at rank 0."""
+    inverse = tl.where(scale == 0, 0.0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
+    if OWN:
+        # On its own scale a weight is infinite only where the inverse is, and that is so for the group.
+        inverse = tl.where(tl.abs(inverse) < float("inf"), inverse, float("nan"))
+    up = x * inverse + (ZERO + 0.5)
+    if not OWN:
+        up = tl.where(up < float("inf"), up, 0.0)
+    return shifted(tl.floor(tl.minimum(tl.maximum(up, 0.0), 15.0))) - ZERO
 
 
 @triton.jit

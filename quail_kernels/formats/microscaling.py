@@ -51,7 +51,7 @@ from dataclasses import dataclass
 import torch
 
 from .._triton import tl, triton
-from .base import table, tensor_range
+from .base import inverse, table, tensor_range
 from .codebook import Levels
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -88,6 +88,9 @@ class E2M1(Levels):
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return table(self.widths, params)[rank] * self.unit(params)[:, None]
+
+    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return change * inverse(self.unit(params))[:, None] * table(self.inverse_widths, params)[rank]
 
 
 @dataclass(frozen=True)
@@ -262,9 +265,10 @@ def e2m1_level(code):
 
 
 @triton.jit
-def e2m1_bucket(level):
-    code = e2m1_code(level)
-    return tl.where(code < 8, 7 + code, 15 - code)
+def e2m1_place(level):
+    """The bucket, counted from that of zero."""
+    magnitude = (tl.abs(level) * 2.0**-126).to(tl.int32, bitcast=True) >> 22
+    return tl.where(level < 0, -magnitude, magnitude)
 
 
 @triton.jit
