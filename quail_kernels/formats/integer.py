@@ -197,7 +197,7 @@ class MinMax(Format):
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         low, high = torch.aminmax(x, dim=1)
         # Which of 0 and -0 is found depends on the order of the search: the sum is 0 for both.
-        low, high = low.float() + 0, high.float()
+        low, high = low.float() + 0, high.float() + 0
         return torch.stack([(high - low) / 16, low], dim=1)
 
     def rank(self, x: torch.Tensor, params: torch.Tensor, short: bool) -> torch.Tensor:
@@ -366,7 +366,7 @@ def masked_range(x, mask):
 @triton.jit
 def minmax_fit(x, mask):
     low, high = masked_range(x, mask)
-    low += 0.0
+    low, high = low + 0.0, high + 0.0
     return (high - low) * 0.0625, low, (low == 0) & (high == 0)
 
 
