@@ -9,7 +9,7 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda fn: fn)
+    triton = SimpleNamespace(jit=lambda fn: fn, constexpr_function=lambda fn: fn)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 __all__ = ["abs_bits", "larger", "largest", "shifted", "smallest", "tl", "triton", "unshifted"]
@@ -35,13 +35,13 @@ def _smaller(a, b):
 
 @triton.jit
 def largest(x):
-    """The largest element of each row, [rows, 1]; NaN where one is."""
-    return tl.reduce(x, 1, larger, keep_dims=True)
+    """The largest element of each group of [parts, groups, part_size], [1, groups, 1]; NaN where one is."""
+    return tl.reduce(tl.reduce(x, 0, larger, keep_dims=True), 2, larger, keep_dims=True)
 
 
 @triton.jit
 def smallest(x):
-    return tl.reduce(x, 1, _smaller, keep_dims=True)
+    return tl.reduce(tl.reduce(x, 0, _smaller, keep_dims=True), 2, _smaller, keep_dims=True)
 
 
 @triton.jit

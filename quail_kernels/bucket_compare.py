@@ -45,10 +45,10 @@ from .formats.tiles import (
     tile_value,
 )
 
-_TILE = 1024
+_TILE = 2048
 _BINS = 16
 _PROGRAMS = 1024
-_STEPS = 16
+_STEPS = 8
 _COUNTS = ("same_value", "below_half_step", "on_grid", "zero_groups")  # then the bins of code_distance
 
 
@@ -197,6 +197,13 @@ def _bucket_compare_torch(
 
 
 @triton.jit
+def _by_thread(x, CHUNK: tl.constexpr):
+    """The sums of what a thread holds."""
+    chunks = tl.sum(x, axis=0).reshape(x.shape[1] * x.shape[2] // CHUNK, CHUNK)
+    return tl.sum(chunks, axis=1)
+
+
+@triton.jit
 def _bucket_compare_fwd_kernel(
     counts_ptr,
     sums_ptr,
@@ -235,6 +242,7 @@ def _bucket_compare_fwd_kernel(
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of
     ``n_steps`` tiles of a thousand pairs or more, and 4 a group with PER_GROUP.
@@ -246,19 +254,21 @@ def _bucket_compare_fwd_kernel(
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
     # and then over tiles, in fields just wide enough: of four bits for the distances, then of eight. Only what is left
     # after the last tile goes across threads, four fields to a sum.
-    EIGHTS: tl.constexpr = BLOCK_GROUPS * BLOCK_SIZE // 8
+    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
+    CHUNK: tl.constexpr = min(16 // (dtype.primitive_bitwidth // 8), PART)
+    CHUNKS: tl.constexpr = BLOCK_GROUPS * PART // CHUNK
     UNIFORM: tl.constexpr = THRESHOLDS is not None and len(THRESHOLDS) == 0
-    flags = tl.zeros([EIGHTS], tl.int32)
-    even_distances = tl.zeros([EIGHTS], tl.int64)
-    odd_distances = tl.zeros([EIGHTS], tl.int64)
-    sum_change = tl.zeros([EIGHTS], tl.float32)
-    sum_flip = tl.zeros([EIGHTS], tl.float32)
-    top = tl.zeros([EIGHTS], tl.float32)
-    zero_groups = tl.zeros([BLOCK_GROUPS, 1], tl.int32)
-    smallest = tl.full([1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
+    flags = tl.zeros([CHUNKS], tl.int32)
+    even_distances = tl.zeros([CHUNKS], tl.int64)
+    odd_distances = tl.zeros([CHUNKS], tl.int64)
+    sum_change = tl.zeros([CHUNKS], tl.float32)
+    sum_flip = tl.zeros([CHUNKS], tl.float32)
+    top = tl.zeros([CHUNKS], tl.float32)
+    zero_groups = tl.zeros([1, BLOCK_GROUPS, 1], tl.int32)
+    smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
-        group, offsets, mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+        group, offsets, mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
         addresses = tile_addresses(
             group,
@@ -271,6 +281,7 @@ def _bucket_compare_fwd_kernel(
             IN_ROWS,
             GROUP_SIZE,
             BLOCK_SIZE,
+            BLOCK_PARTS,
         )
         x = tl.load(before_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
         addresses = tile_addresses(
@@ -284,6 +295,7 @@ def _bucket_compare_fwd_kernel(
             IN_ROWS,
             GROUP_SIZE,
             BLOCK_SIZE,
+            BLOCK_PARTS,
         )
         y = tl.load(after_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
         if PER_TENSOR:
@@ -309,7 +321,9 @@ def _bucket_compare_fwd_kernel(
         value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
         y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
         change = tl.abs(y - x)
-        step, steps = tile_step(change, pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS, INVERSE_WIDTHS)
+        step, steps = tile_step(
+            change, pos, scale, aux, table_ptr, dtype, KIND, RULE, THRESHOLDS, WIDTHS, INVERSE_WIDTHS
+        )
         half_step = step * 0.5
         if UNIFORM:
             is_below = change < tl.where(half_step > 0, half_step, smallest)
@@ -317,18 +331,19 @@ def _bucket_compare_fwd_kernel(
             is_below = (change < half_step) | (change == 0)
 
         here = tl.where(value == y_value, 1, 0) + tl.where(is_below, 1 << 8, 0) + tl.where(value == x, 1 << 16, 0)
-        flags += tl.sum(tl.where(mask, here, 0).reshape(EIGHTS, 8), axis=1)
+        flags += _by_thread(tl.where(mask, here, 0), CHUNK)
         here = tl.where(mask, tl.full(mask.shape, 1, tl.int64) << (4 * distance).to(tl.int64), 0)
-        here = tl.sum(here.reshape(EIGHTS, 8), axis=1)
-        even_distances += here & 0x0F0F0F0F0F0F0F0F
-        odd_distances += (here >> 4) & 0x0F0F0F0F0F0F0F0F
+        here = tl.sum(here.reshape(BLOCK_PARTS, CHUNKS, CHUNK), axis=2)
+        even_distances += tl.sum(here & 0x0F0F0F0F0F0F0F0F, axis=0)
+        odd_distances += tl.sum((here >> 4) & 0x0F0F0F0F0F0F0F0F, axis=0)
         # Masked lanes hold two zeros, and no change.
-        sum_change += tl.sum(change.reshape(EIGHTS, 8), axis=1)
-        flip = tl.minimum(steps, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        sum_flip += tl.sum(flip.reshape(EIGHTS, 8), axis=1)
-        top = larger(top, tl.reduce(change.reshape(EIGHTS, 8), 1, larger))
+        sum_change += _by_thread(change, CHUNK)
+        sum_flip += _by_thread(tl.minimum(steps, 1.0, propagate_nan=tl.PropagateNan.ALL), CHUNK)
+        most = tl.reduce(tl.reduce(change, 0, larger).reshape(CHUNKS, CHUNK), 1, larger)
+        top = larger(top, most)
         if PER_GROUP:
-            same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=1, keep_dims=True)
+            same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=0, keep_dims=True)
+            same = tl.sum(same, axis=2, keep_dims=True)
             tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
 
     counts_ptr += tl.program_id(0).to(tl.int64) * 20
@@ -336,7 +351,7 @@ def _bucket_compare_fwd_kernel(
     packed = tl.sum(low.to(tl.int64) | ((flags >> 16).to(tl.int64) << 32), axis=0)
     for i in tl.static_range(3):
         tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
-    tl.store(counts_ptr + 3, tl.sum(tl.sum(zero_groups, axis=1), axis=0))
+    tl.store(counts_ptr + 3, tl.sum(zero_groups.reshape(BLOCK_GROUPS), axis=0))
     for part in tl.static_range(4):
         distances = odd_distances if part % 2 else even_distances
         packed = tl.sum((distances >> (4 * (part - part % 2))) & 0x00FF00FF00FF00FF, axis=0)
@@ -361,7 +376,9 @@ def _bucket_compare_triton(
         return _bucket_compare_torch(before, after, recipe, shared_scales, per_group)
     before, layout = strided(before)
     after, after_layout = strided(after)
-    constants = recipe.kernel_constants(before.dtype) | tile_constants(recipe, n, tile, layout, after_layout)
+    constants = recipe.kernel_constants(before.dtype) | tile_constants(
+        recipe, n, tile, layout, after_layout, parts=before.element_size()
+    )
     rows = -(-n // constants["GROUP_SIZE"])
     tiles = -(-rows // constants["BLOCK_GROUPS"])
     # Enough programs for every multiprocessor to hold several; beyond that, tiles share the reductions of one.
@@ -398,7 +415,7 @@ def _bucket_compare_triton(
             PER_GROUP=per_group,
             **constants,
             # Two weights, two grids and five counters are alive at once: 16 a thread would spill registers.
-            **launch_options(constants, weights_per_thread=8),
+            **launch_options(constants),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()

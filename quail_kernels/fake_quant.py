@@ -34,6 +34,7 @@ from .formats.tiles import (
     launch_options,
     strided,
     tile_addresses,
+    tile_column,
     tile_constants,
     tile_entry,
     tile_fit,
@@ -114,10 +115,13 @@ def _fake_quant_fwd_kernel(
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(
+        tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS
+    )
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         group,
@@ -130,6 +134,7 @@ def _fake_quant_fwd_kernel(
         IN_ROWS,
         GROUP_SIZE,
         BLOCK_SIZE,
+        BLOCK_PARTS,
     )
     x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
@@ -171,11 +176,14 @@ def _quantize_fwd_kernel(
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
     weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+    group, offsets, mask = tile_offsets(
+        tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS
+    )
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         group,
@@ -188,6 +196,7 @@ def _quantize_fwd_kernel(
         IN_ROWS,
         GROUP_SIZE,
         BLOCK_SIZE,
+        BLOCK_PARTS,
     )
     x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
     if PER_TENSOR:
@@ -201,8 +210,8 @@ def _quantize_fwd_kernel(
             tl.store(scales_ptr + 2 * group + 1, aux.to(scales_ptr.dtype.element_ty), mask=is_group)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
     code = tl.where(mask, tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, CODES), PAD_CODE)
-    high, low_nibble = tl.split(code.reshape(BLOCK_GROUPS, BLOCK_SIZE // 2, 2))
-    pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    high, low_nibble = tl.split(code.reshape(BLOCK_PARTS, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS // 2, 2))
+    pair = tile_column(BLOCK_SIZE // 2, BLOCK_PARTS)
     # In pairs and not in weights: the compiler then sees that a thread's bytes are neighbours.
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
@@ -228,15 +237,18 @@ def _dequantize_fwd_kernel(
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Reads half a byte a weight and the parameters of its group, and writes the weight: in bf16 2.5 bytes a weight,
     and what ``_quantize_fwd_kernel`` writes a group."""
-    group, offsets, mask = tile_offsets(tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
-    pair = tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    group, offsets, mask = tile_offsets(
+        tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS
+    )
+    pair = tile_column(BLOCK_SIZE // 2, BLOCK_PARTS)
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
     packed = tl.load(codes_ptr + pairs * codes_stride, mask=pair_mask, other=0).to(tl.int32)
-    code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_GROUPS, BLOCK_SIZE)
+    code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_PARTS, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS)
     level = tile_level(code, table_ptr, KIND, LEVELS)
     if PER_TENSOR:
         group = tl.zeros_like(group)
@@ -260,7 +272,8 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
     if not n:
         return w_q
     w, layout = strided(w)
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout)
+    # Sixteen weights a thread, in chunks of 128 bits.
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout, parts=w.element_size())
     with torch.cuda.device_of(w):
         _fake_quant_fwd_kernel[_programs(n, constants)](
             w_q,

@@ -75,7 +75,7 @@ class Format:
         return torch.tensor(self.buckets, dtype=torch.int32, device=rank.device)[rank]
 
     def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return change * inverse(self.step(rank[:, :1], params))
+        return change * finite_inverse(self.step(rank[:, :1], params))
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()
@@ -165,7 +165,7 @@ def group_chunks(w: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice
         yield span, groups, group_rows(flat_part(w, span), recipe, short), short
 
 
-def inverse(step: torch.Tensor) -> torch.Tensor:
+def finite_inverse(step: torch.Tensor) -> torch.Tensor:
     """1 / step, the largest number for one that overflows: no change at all is then still no step."""
     return (1.0 / step).clamp(max=torch.finfo(torch.float32).max)
 

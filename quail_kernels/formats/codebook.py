@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .._triton import tl, triton
-from .base import Format, inverse, table
+from .base import Format, table
 
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against 1 / 0: an fp32 subnormal, so no kernel may flush those
 # A kernel rounds 15.25 p + 16: 32 cells from -1 to 1, one word each of a cache line, so that a warp's look-ups are one
@@ -157,7 +157,7 @@ class Codebook(Levels):
         return table(self.widths, params)[rank] * params[:, None]
 
     def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return change * inverse(params)[:, None] * table(self.inverse_widths, params)[rank]
+        return change * (1.0 / params.clamp(min=_SMALLEST_ABSMAX))[:, None] * table(self.inverse_widths, params)[rank]
 
 
 @functools.cache
@@ -199,12 +199,19 @@ def codebook_fit(absmax, short, HAS_SHORT: tl.constexpr):
 
 
 @triton.jit
-def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr, OWN: tl.constexpr):
-    """From -1 to 1, but for a last bit; NaN is at 1."""
+def codebook_inverse(absmax):
     smallest = tl.full(absmax.shape, 1e-38, tl.float32)
     absmax = tl.where(absmax < smallest, smallest, absmax)
-    pos = x * tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
+    return tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
+
+
+@triton.jit
+def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr, OWN: tl.constexpr):
+    """From -1 to 1, but for a last bit; NaN is at 1."""
+    pos = x * codebook_inverse(absmax)
     if HAS_SHORT:
+        smallest = tl.full(absmax.shape, 1e-38, tl.float32)
+        absmax = tl.where(absmax < smallest, smallest, absmax)
         pos = tl.where(short, tl.div_rn(x, tl.broadcast_to(absmax, x.shape)), pos)
     pos = tl.minimum(pos, 1.0)
     return pos if OWN else tl.maximum(pos, -1.0)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._triton import abs_bits, shifted, tl, triton
+from .._triton import shifted, tl, triton
 from .base import Format
 from .integer import masked_range
 
@@ -107,12 +107,12 @@ RECIPES = (
 
 @triton.jit
 def q4_0_fit(x, absmax):
-    largest = absmax.to(tl.int32, bitcast=True)
-    twice_column = 2 * tl.arange(0, x.shape[1])[None, :]
+    PART: tl.constexpr = x.shape[2]
+    column = PART * tl.arange(0, x.shape[0])[:, None, None] + tl.arange(0, PART)[None, None, :]
     negative = (x.to(tl.int32, bitcast=True) >> 31) & 1
-    first = tl.where(abs_bits(x) == largest, twice_column + negative, 2 * x.shape[1])
-    sign = (tl.min(first, axis=1, keep_dims=True) & 1) << 31
-    return (largest | sign).to(tl.float32, bitcast=True) * -0.125
+    first = tl.where(tl.abs(x) == absmax, 2 * column + negative, 2 * PART * x.shape[0])
+    sign = (tl.min(tl.min(first, axis=0, keep_dims=True), axis=2, keep_dims=True) & 1) << 31
+    return (absmax.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True) * -0.125
 
 
 @triton.jit

@@ -70,7 +70,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._triton import shifted, smallest, tl, triton, unshifted
+from .._triton import largest, shifted, smallest, tl, triton, unshifted
 from .base import ROW_SIZES, Format
 
 
@@ -242,6 +242,23 @@ def _within(x, lowest, highest):
     return tl.minimum(tl.maximum(x, lowest), highest)
 
 
+@triton.constexpr_function
+def is_far(dtype, RULE):
+    """Whether scales may lie where a reciprocal overflows: in fp16 they cannot, nor where a recipe keeps them away."""
+    return dtype != tl.float16 and (len(RULE) == 0 or RULE[1] == 0)
+
+
+@triton.jit
+def near_reciprocal(scale, FAR: tl.constexpr):
+    """(a power of two, the scale times that, the reciprocal of the product); FAR: the power need not be 1."""
+    by = tl.zeros_like(scale) + 1.0
+    if FAR:
+        by = tl.where(scale < 2.0**-60, 2.0**96, tl.where(scale > 2.0**60, 2.0**-64, by))
+        scale = scale * by
+    scale = tl.where(scale == 0, 2.0**-60, scale)
+    return by, scale, tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+
+
 @triton.jit
 def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUNDED: tl.constexpr):
     """x / scale rounded to fp32, and then to ``dtype`` but IN_FP32: to the bit what division gives, where the quotient
@@ -258,11 +275,9 @@ def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUND
     would be NaN. What underflows is far below a half, where every recipe rounds to 0. A scale that is not finite
     gives anything.
     """
+    by, scale, reciprocal = near_reciprocal(scale, FAR)
     if FAR:
-        by = tl.where(scale < 2.0**-60, 2.0**96, tl.where(scale > 2.0**60, 2.0**-64, 1.0))
-        x, scale = x * by, scale * by
-    scale = tl.where(scale == 0, 2.0**-60, scale)
-    reciprocal = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+        x = x * by
     product = x * reciprocal
     if IN_FP32 or dtype == tl.float32:
         quotient = tl.fma(tl.fma(-product, tl.broadcast_to(scale, x.shape), x), reciprocal + tl.zeros_like(x), product)
@@ -293,8 +308,7 @@ def symmetric_fit(absmax, dtype, RULE: tl.constexpr):
 @triton.jit
 def symmetric_position(x, scale, dtype, RULE: tl.constexpr, OWN: tl.constexpr):
     """q + 1.5 * 2^23."""
-    FAR: tl.constexpr = RULE[1] == 0 and dtype != tl.float16
-    position = _known(_quotient(x, scale, dtype, RULE[3], FAR, not OWN), scale, OWN)
+    position = _known(_quotient(x, scale, dtype, RULE[3], is_far(dtype, RULE), not OWN), scale, OWN)
     return _within(shifted(position), shifted(-8.0), shifted(7.0))
 
 
@@ -307,7 +321,7 @@ def zero_point_fit(x, mask, dtype, RULE: tl.constexpr):
     ZERO_IN_RANGE: tl.constexpr = RULE[3]
     LIKE_GPTQ: tl.constexpr = RULE[5]
     if ZERO_IN_RANGE:  # lanes that are masked hold 0
-        low, high = smallest(x), tl.max(x, axis=1, keep_dims=True)
+        low, high = smallest(x), largest(x)
         is_zero = (low == 0) & (high == 0)
         low, high = tl.where(low > 0, 0.0, low), tl.maximum(high, 0.0)
     else:
@@ -334,9 +348,8 @@ def zero_point_position(x, scale, zero_point, dtype, RULE: tl.constexpr, OWN: tl
     ZERO_IN_RANGE: tl.constexpr = RULE[3]
     ZERO_POINT_FIRST: tl.constexpr = RULE[4]
     LIKE_GPTQ: tl.constexpr = RULE[5]
-    FAR: tl.constexpr = RULE[1] == 0 and dtype != tl.float16
     UNBOUNDED: tl.constexpr = not (OWN and ZERO_IN_RANGE)
-    position = _known(_quotient(x, scale, dtype, LIKE_GPTQ, FAR, UNBOUNDED), scale, OWN)
+    position = _known(_quotient(x, scale, dtype, LIKE_GPTQ, is_far(dtype, RULE), UNBOUNDED), scale, OWN)
     lowest, highest = shifted(LOWEST), shifted(LOWEST + 15.0)
     if ZERO_POINT_FIRST:
         position = shifted(_rounded_to(position + zero_point, dtype, LIKE_GPTQ))
@@ -358,9 +371,8 @@ def zero_point_value(level, scale, FP16: tl.constexpr):
 
 @triton.jit
 def masked_range(x, mask):
-    """(smallest, largest) of the rows; the smallest is NaN where a weight is."""
-    low = smallest(tl.where(mask, x, float("inf")))
-    return low, tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
+    """(smallest, largest) of the groups, NaN where a weight is."""
+    return smallest(tl.where(mask, x, float("inf"))), largest(tl.where(mask, x, float("-inf")))
 
 
 @triton.jit
@@ -373,5 +385,5 @@ def minmax_fit(x, mask):
 @triton.jit
 def minmax_position(x, step, low, dtype, OWN: tl.constexpr):
     """The bucket + 1.5 * 2^23."""
-    position = _known(_quotient(x - low, step, dtype, True, dtype != tl.float16, not OWN), step, OWN)
+    position = _known(_quotient(x - low, step, dtype, True, is_far(dtype, ()), not OWN), step, OWN)
     return shifted(_within(tl.floor(position), 0.0, 15.0))

@@ -1,4 +1,7 @@
-"""The Triton side of the recipes: device functions over a tile [groups, group_size] of fp32 weights.
+"""The Triton side of the recipes: device functions over a tile [parts, groups, part_size] of fp32 weights.
+
+A group lies in parts of the tile, so that a thread, which holds neighbours in chunks of 128 bits, has all of its chunks
+from one group and reckons with the parameters of one: parts are what is left in its registers.
 
 A weight's ``position`` is what code, bucket, value and step are all read off, and the compiler drops what a kernel
 does not store: in a codebook the weight on its group's own scale, of E2M1 its level, in a uniform recipe the level above
@@ -18,6 +21,7 @@ from .._triton import largest, shifted, tl, triton, unshifted
 from .base import Format
 from .codebook import (
     codebook_fit,
+    codebook_inverse,
     codebook_inverse_width,
     codebook_level,
     codebook_level_of_code,
@@ -27,8 +31,10 @@ from .codebook import (
 )
 from .gguf import gguf_position, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
+    is_far,
     minmax_fit,
     minmax_position,
+    near_reciprocal,
     symmetric_fit,
     symmetric_position,
     zero_point_fit,
@@ -37,10 +43,12 @@ from .integer import (
 )
 from .microscaling import (
     e2m1_code,
+    e2m1_inverse_width,
     e2m1_level,
     e2m1_place,
     e2m1_width,
     mx_fit,
+    mx_inverse,
     mx_position,
     mx_unit,
     nvfp4_fit,
@@ -76,9 +84,9 @@ def strided(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int | None, ...]]:
     return w, (*absent, *strides, *[None, None, *sizes[1:]][-2:])
 
 
-def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...]) -> dict:
+def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...], parts: int = 1) -> dict:
     """How a kernel covers n weights: BLOCK_GROUPS groups of GROUP_SIZE weights, padded to BLOCK_SIZE, a
-    program.
+    program, each in BLOCK_PARTS.
 
     ``tile`` is the number of weights that a program aims at. A whole-tensor group is walked in rows of
     ``tile``, or of what divides both that and the innermost dimension of the ``layouts`` that ``strided`` gave.
@@ -98,6 +106,7 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
         "GROUP_SIZE": size,
         "BLOCK_GROUPS": block_groups,
         "BLOCK_SIZE": padded,
+        "BLOCK_PARTS": min(parts, max(padded // 8, 1)),
     }
 
 
@@ -108,18 +117,31 @@ def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
 
 
 @triton.jit
+def tile_column(BLOCK_SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """Places in a group, [BLOCK_PARTS, 1, BLOCK_SIZE // BLOCK_PARTS]."""
+    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
+    return PART * tl.arange(0, BLOCK_PARTS)[:, None, None] + tl.arange(0, PART)[None, None, :]
+
+
+@triton.jit
 def tile_offsets(
-    tile, n, FULL: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    tile,
+    n,
+    FULL: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """(group numbers [BLOCK_GROUPS, 1], offsets of their weights and mask [BLOCK_GROUPS, BLOCK_SIZE]); int64.
+    """(group numbers [1, BLOCK_GROUPS, 1], offsets of their weights and mask of the tile's shape); int64.
 
     FULL: every tile is full of weights, and the compiler drops the mask.
     """
-    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
-    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :, None]
+    column = tile_column(BLOCK_SIZE, BLOCK_PARTS)
     offsets = group * GROUP_SIZE + column
     if FULL:
-        mask = tl.full((BLOCK_GROUPS, BLOCK_SIZE), 1, tl.int1)
+        mask = tl.full(offsets.shape, 1, tl.int1)
     else:
         mask = (column < GROUP_SIZE) & (offsets < n)
     return group, offsets, mask
@@ -137,6 +159,7 @@ def tile_addresses(
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Where the elements ``offsets`` of the flattened tensor lie, from what ``strided`` gave; int64.
 
@@ -151,7 +174,7 @@ def tile_addresses(
         if IN_ROWS:
             groups_in_row = size_2 // GROUP_SIZE
             row = group // groups_in_row
-            column = group % groups_in_row * GROUP_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+            column = group % groups_in_row * GROUP_SIZE + tile_column(BLOCK_SIZE, BLOCK_PARTS)
         else:
             row = offsets // size_2
             column = offsets % size_2
@@ -165,7 +188,7 @@ def tile_addresses(
 
 @triton.jit
 def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.constexpr, HAS_SHORT: tl.constexpr):
-    """(scale, aux, whether all weights are zero), each [groups, 1]; masked lanes of x hold 0."""
+    """(scale, aux, whether all weights are zero), each [1, groups, 1]; masked lanes of x hold 0."""
     if KIND == "zero_point" or KIND == "zero_point_fp16":
         scale, aux, is_zero = zero_point_fit(x, mask, dtype, RULE)
     elif KIND == "q4_1":
@@ -206,7 +229,7 @@ def tile_position(
     elif KIND == "q4_1":
         pos = gguf_position(x - aux, scale, 0.0, OWN)
     elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
-        pos = mx_position(x, scale, KIND)
+        pos = mx_position(x, scale, KIND, OWN)
     elif KIND == "nvfp4":
         pos = nvfp4_position(x, scale, aux)
     else:
@@ -330,22 +353,36 @@ def tile_step(
     scale,
     aux,
     table_ptr,
+    dtype,
     KIND: tl.constexpr,
     RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     INVERSE_WIDTHS: tl.constexpr,
 ):
-    """(the width of the bucket that the weight lies in, ``change`` in such widths)."""
-    unit = tl.abs(scale) if KIND == "q4_0" else scale
-    if KIND == "nvfp4":
+    """(the width of the bucket that the weight lies in, ``change`` in such widths).
+
+    The reciprocals are those that positions took: the compiler reckons them once.
+    """
+    unit = scale
+    if KIND == "codebook":
+        inverse = codebook_inverse(scale)
+    elif KIND == "q4_0" or KIND == "q4_1":
+        unit = tl.abs(scale)
+        inverse = tl.abs(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
+    elif KIND == "nvfp4":
         unit = aux * scale
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), unit)
     elif THRESHOLDS is None:
         unit = mx_unit(scale, KIND)
-    steps = change * tl.minimum(tl.div_rn(tl.zeros_like(unit) + 1.0, unit), 3.4028234663852886e38)
+        inverse = mx_inverse(unit)
+    else:
+        by, _, inverse = near_reciprocal(scale, is_far(dtype, RULE))
+        inverse *= by
+    steps = change * tl.minimum(inverse, 3.4028234663852886e38)
     if THRESHOLDS is None:
         unit = e2m1_width(pos, WIDTHS) * unit
-        steps *= e2m1_width(pos, INVERSE_WIDTHS)
+        steps *= e2m1_inverse_width(pos, INVERSE_WIDTHS)
     elif len(THRESHOLDS):
         rank = codebook_rank(pos, table_ptr, RULE)
         unit = codebook_width(rank, table_ptr) * unit
