@@ -33,12 +33,15 @@ from ._triton import larger, largest, tl, triton
 from .formats import Format, check_weight, get_format, group_chunks
 from .formats.base import tensor_range
 from .formats.tiles import (
+    in_parts,
     launch_options,
     strided,
     tile_addresses,
     tile_bucket,
     tile_constants,
     tile_fit,
+    tile_groups,
+    tile_mask,
     tile_offsets,
     tile_position,
     tile_step,
@@ -268,10 +271,11 @@ def _bucket_compare_fwd_kernel(
     smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
-        group, offsets, mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+        row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
         addresses = tile_addresses(
-            group,
+            row,
             offsets,
             before_stride_0,
             before_stride_1,
@@ -280,12 +284,12 @@ def _bucket_compare_fwd_kernel(
             before_size_2,
             IN_ROWS,
             GROUP_SIZE,
-            BLOCK_SIZE,
+            BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        x = tl.load(before_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+        x = in_parts(tl.load(before_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
         addresses = tile_addresses(
-            group,
+            row,
             offsets,
             after_stride_0,
             after_stride_1,
@@ -294,10 +298,10 @@ def _bucket_compare_fwd_kernel(
             after_size_2,
             IN_ROWS,
             GROUP_SIZE,
-            BLOCK_SIZE,
+            BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        y = tl.load(after_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+        y = in_parts(tl.load(after_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
         if PER_TENSOR:
             scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
             y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
@@ -414,8 +418,8 @@ def _bucket_compare_triton(
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,
             **constants,
-            # Two weights, two grids and five counters are alive at once: 16 a thread would spill registers.
-            **launch_options(constants),
+            # Two weights, two grids and five counters are alive at once: more would spill registers.
+            **launch_options(constants, weights_per_thread=16 if constants["BLOCK_PARTS"] > 1 else 8),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()

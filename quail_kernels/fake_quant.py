@@ -31,14 +31,16 @@ from .formats import (
     group_spans,
 )
 from .formats.tiles import (
+    in_parts,
     launch_options,
     strided,
     tile_addresses,
-    tile_column,
     tile_constants,
     tile_entry,
     tile_fit,
+    tile_groups,
     tile_level,
+    tile_mask,
     tile_offsets,
     tile_position,
     tile_scaled,
@@ -119,12 +121,12 @@ def _fake_quant_fwd_kernel(
 ):
     """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(
-        tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS
-    )
+    tile = tl.program_id(0).to(tl.int64)
+    row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
-        group,
+        row,
         offsets,
         w_stride_0,
         w_stride_1,
@@ -133,10 +135,10 @@ def _fake_quant_fwd_kernel(
         w_size_2,
         IN_ROWS,
         GROUP_SIZE,
-        BLOCK_SIZE,
+        BLOCK_GROUPS,
         BLOCK_PARTS,
     )
-    x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -144,7 +146,7 @@ def _fake_quant_fwd_kernel(
         scale, aux, _ = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE, HAS_SHORT)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
     w_q = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS)
-    tl.store(w_q_ptr + offsets, w_q.to(dtype), mask=mask)
+    tl.store(w_q_ptr + offsets, w_q.to(dtype).reshape(offsets.shape), mask=row_mask)
 
 
 @triton.jit
@@ -181,12 +183,12 @@ def _quantize_fwd_kernel(
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
     weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    group, offsets, mask = tile_offsets(
-        tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS
-    )
+    tile = tl.program_id(0).to(tl.int64)
+    row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
-        group,
+        row,
         offsets,
         w_stride_0,
         w_stride_1,
@@ -195,10 +197,10 @@ def _quantize_fwd_kernel(
         w_size_2,
         IN_ROWS,
         GROUP_SIZE,
-        BLOCK_SIZE,
+        BLOCK_GROUPS,
         BLOCK_PARTS,
     )
-    x = tl.load(w_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -210,8 +212,8 @@ def _quantize_fwd_kernel(
             tl.store(scales_ptr + 2 * group + 1, aux.to(scales_ptr.dtype.element_ty), mask=is_group)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
     code = tl.where(mask, tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, CODES), PAD_CODE)
-    high, low_nibble = tl.split(code.reshape(BLOCK_PARTS, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS // 2, 2))
-    pair = tile_column(BLOCK_SIZE // 2, BLOCK_PARTS)
+    high, low_nibble = tl.split(code.reshape(1, BLOCK_GROUPS, BLOCK_SIZE // 2, 2))
+    pair = tl.arange(0, BLOCK_SIZE // 2)[None, None, :]
     # In pairs and not in weights: the compiler then sees that a thread's bytes are neighbours.
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
@@ -241,14 +243,14 @@ def _dequantize_fwd_kernel(
 ):
     """Reads half a byte a weight and the parameters of its group, and writes the weight: in bf16 2.5 bytes a weight,
     and what ``_quantize_fwd_kernel`` writes a group."""
-    group, offsets, mask = tile_offsets(
-        tl.program_id(0).to(tl.int64), n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS
-    )
-    pair = tile_column(BLOCK_SIZE // 2, BLOCK_PARTS)
+    tile = tl.program_id(0).to(tl.int64)
+    row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+    pair = tl.arange(0, BLOCK_SIZE // 2)[None, None, :]
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
     packed = tl.load(codes_ptr + pairs * codes_stride, mask=pair_mask, other=0).to(tl.int32)
-    code = tl.join(packed >> 4, packed & 15).reshape(BLOCK_PARTS, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS)
+    code = tl.join(packed >> 4, packed & 15).reshape(1, BLOCK_GROUPS, BLOCK_SIZE)
     level = tile_level(code, table_ptr, KIND, LEVELS)
     if PER_TENSOR:
         group = tl.zeros_like(group)
@@ -259,7 +261,7 @@ def _dequantize_fwd_kernel(
     w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND)
     if KIND == "symmetric" or KIND == "zero_point" or KIND == "zero_point_fp16":
         w_q = w_q.to(scale.dtype)
-    tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty), mask=mask)
+    tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty).reshape(offsets.shape), mask=row_mask)
 
 
 def _programs(n: int, constants: dict) -> tuple[int]:

@@ -218,6 +218,13 @@ def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr, OWN: tl.constex
 
 
 @triton.jit
+def look_up(table_ptr, index):
+    """In two dimensions, as the weights were loaded: then the compiler keeps one layout for both."""
+    rows = index.reshape(index.shape[0] * index.shape[1], index.shape[2])
+    return tl.load(table_ptr + rows).reshape(index.shape)
+
+
+@triton.jit
 def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
     """The number of thresholds below pos; NaN was above all, as torch.bucketize has it.
 
@@ -236,8 +243,8 @@ def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
     but for the tree in bf16 (34.8, 37.2). An H100 has time for 35 (17.7) in bf16 and 71 (35) in fp32.
     """
     cell = (pos * _KERNEL_CELL_SCALE + _CELL_ORIGIN).to(tl.int32, bitcast=True) & 31
-    own = tl.load(table_ptr + cell).to(tl.float32, bitcast=True)
-    rank = tl.load(table_ptr + 32 + cell) + tl.where(pos <= own, 0, 1)
+    own = look_up(table_ptr, cell).to(tl.float32, bitcast=True)
+    rank = look_up(table_ptr + 32, cell) + tl.where(pos <= own, 0, 1)
     for i in tl.static_range(len(ALWAYS)):
         rank += tl.where(pos <= ALWAYS[i], 0, 1)
     return rank
@@ -245,19 +252,19 @@ def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
 
 @triton.jit
 def codebook_level(rank, table_ptr):
-    return tl.load(table_ptr + _LEVELS + rank).to(tl.float32, bitcast=True)
+    return look_up(table_ptr + _LEVELS, rank).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def codebook_width(rank, table_ptr):
-    return tl.load(table_ptr + _WIDTHS + rank).to(tl.float32, bitcast=True)
+    return look_up(table_ptr + _WIDTHS, rank).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def codebook_inverse_width(rank, table_ptr):
-    return tl.load(table_ptr + _INVERSE_WIDTHS + rank).to(tl.float32, bitcast=True)
+    return look_up(table_ptr + _INVERSE_WIDTHS, rank).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def codebook_level_of_code(code, table_ptr):
-    return tl.load(table_ptr + _LEVELS_BY_CODE + code).to(tl.float32, bitcast=True)
+    return look_up(table_ptr + _LEVELS_BY_CODE, code).to(tl.float32, bitcast=True)

@@ -4,8 +4,8 @@ A group lies in parts of the tile, so that a thread, which holds neighbours in c
 from one group and reckons with the parameters of one: parts are what is left in its registers.
 
 A weight's ``position`` is what code, bucket, value and step are all read off, and the compiler drops what a kernel
-does not store: in a codebook the weight on its group's own scale, of E2M1 its level, in a uniform recipe the level above
-the zero point, a whole number q + 1.5 * 2^23 (``shifted``). A group's parameters are two numbers, ``scale`` and
+does not store: in a codebook the weight on its group's own scale, of E2M1 its level, in a uniform recipe the level
+above the zero point, a whole number plus 1.5 * 2^23 (``shifted``). A group's parameters are two numbers, ``scale`` and
 ``aux`` (the minimum, the zero point, or 0 where the rule has only a scale). Each function sends a tile to the
 rule of its KIND, which stands beside the reference of that rule.
 
@@ -28,6 +28,7 @@ from .codebook import (
     codebook_position,
     codebook_rank,
     codebook_width,
+    look_up,
 )
 from .gguf import gguf_position, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
@@ -98,6 +99,8 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
         size = tile
     padded = 1 << (size - 1).bit_length()
     block_groups = max(tile // padded, 1)
+    # All chunks of a thread are in one group anyway where a program has only one; its registers are then short.
+    parts = min(parts, max(padded // 8, 1)) if block_groups > 1 or per_tensor else 1
     return {
         "PER_TENSOR": per_tensor,
         "HAS_SHORT": n % size != 0,
@@ -106,7 +109,7 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
         "GROUP_SIZE": size,
         "BLOCK_GROUPS": block_groups,
         "BLOCK_SIZE": padded,
-        "BLOCK_PARTS": min(parts, max(padded // 8, 1)),
+        "BLOCK_PARTS": parts,
     }
 
 
@@ -117,10 +120,15 @@ def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
 
 
 @triton.jit
-def tile_column(BLOCK_SIZE: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """Places in a group, [BLOCK_PARTS, 1, BLOCK_SIZE // BLOCK_PARTS]."""
-    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
-    return PART * tl.arange(0, BLOCK_PARTS)[:, None, None] + tl.arange(0, PART)[None, None, :]
+def tile_groups(tile, BLOCK_GROUPS: tl.constexpr):
+    """Group numbers [1, BLOCK_GROUPS, 1], int64."""
+    return tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :, None]
+
+
+@triton.jit
+def _row_column(GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Places in a group, [rows, PART]: the first parts of all groups, then the second."""
+    return tl.arange(0, PARTS * BLOCK_GROUPS)[:, None] // BLOCK_GROUPS * PART + tl.arange(0, PART)[None, :]
 
 
 @triton.jit
@@ -133,18 +141,34 @@ def tile_offsets(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """(group numbers [1, BLOCK_GROUPS, 1], offsets of their weights and mask of the tile's shape); int64.
+    """(group numbers [rows, 1], offsets of their weights and mask [rows, BLOCK_SIZE // BLOCK_PARTS]); int64, with a row
+    for a part of a group. ``in_parts`` makes the tile of what is loaded: compilers differ in how they lay out three dimensions.
 
     FULL: every tile is full of weights, and the compiler drops the mask.
     """
-    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :, None]
-    column = tile_column(BLOCK_SIZE, BLOCK_PARTS)
+    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_PARTS * BLOCK_GROUPS)[:, None] % BLOCK_GROUPS
+    column = _row_column(GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS, BLOCK_PARTS)
     offsets = group * GROUP_SIZE + column
     if FULL:
         mask = tl.full(offsets.shape, 1, tl.int1)
     else:
         mask = (column < GROUP_SIZE) & (offsets < n)
     return group, offsets, mask
+
+
+@triton.jit
+def in_parts(x, BLOCK_PARTS: tl.constexpr):
+    return x.reshape(BLOCK_PARTS, x.shape[0] // BLOCK_PARTS, x.shape[1])
+
+
+@triton.jit
+def tile_mask(mask, FULL: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """The mask of ``tile_offsets`` in the shape of the tile."""
+    if FULL:
+        mask = tl.full((BLOCK_PARTS, mask.shape[0] // BLOCK_PARTS, mask.shape[1]), 1, tl.int1)
+    else:
+        mask = in_parts(mask, BLOCK_PARTS)
+    return mask
 
 
 @triton.jit
@@ -158,7 +182,7 @@ def tile_addresses(
     size_2,
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     """Where the elements ``offsets`` of the flattened tensor lie, from what ``strided`` gave; int64.
@@ -174,7 +198,8 @@ def tile_addresses(
         if IN_ROWS:
             groups_in_row = size_2 // GROUP_SIZE
             row = group // groups_in_row
-            column = group % groups_in_row * GROUP_SIZE + tile_column(BLOCK_SIZE, BLOCK_PARTS)
+            column = group % groups_in_row * GROUP_SIZE
+            column += _row_column(GROUP_SIZE, BLOCK_GROUPS, offsets.shape[1], BLOCK_PARTS)
         else:
             row = offsets // size_2
             column = offsets % size_2
@@ -265,7 +290,7 @@ def tile_entry(
     elif len(THRESHOLDS):
         number = codebook_rank(pos, table_ptr, RULE)
         if COLUMN is not None:
-            number = tl.load(table_ptr + COLUMN + number)
+            number = look_up(table_ptr + COLUMN, number)
     else:
         number = _uniform_rank(pos, aux, KIND, LEVELS)
     return number

@@ -99,13 +99,13 @@ def _faults(case: Case, launch, code: Code, widths: dict[str, int]) -> list[str]
     for pointer, bits in widths.items():
         size = (case.loads | case.stores)[pointer]
         expected = min(128, int(8 * size * share))
-        if bits < expected and not case.narrow:
+        if bits < expected and pointer not in case.narrow:
             faults.append(f"{pointer} accessed by {bits} bits, expected {expected}")
     if case.decides_codes:
         if code.inexact:
             faults.append(f"inexact {', '.join(code.inexact)}, expected the exact operation")
-        if code.fused:
-            faults.append(f"{code.fused} fused multiply-adds, expected 0")
+        if code.fused != case.fused * share:
+            faults.append(f"{code.fused} fused multiply-adds, expected {case.fused * share}")
         if code.flushed:
             faults.append("subnormal numbers flushed to zero: a scale may be one")
     if case.half_even and code.cubin and not ("0f4B400000" in code.text and "0fCB400000" in code.text):

@@ -73,7 +73,7 @@ class Code:
         resident: warps that a multiprocessor holds at once, as its registers, shared memory and slots allow.
         loads, stores: by pointer argument, {bits of one access: bytes of them in the program's text, over all threads}.
         inexact: instructions for a division, root or exponential that is not correctly rounded.
-        fused: multiply-adds that round once, where the source rounds twice.
+        fused: multiply-adds, which round once.
         flushed: whether arithmetic flushes subnormal numbers to zero.
         atomics: whether global memory is updated atomically.
         threads: in a program.
