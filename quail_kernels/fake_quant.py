@@ -245,7 +245,7 @@ def _dequantize_fwd_kernel(
     and what ``_quantize_fwd_kernel`` writes a group."""
     tile = tl.program_id(0).to(tl.int64)
     row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+    group = tile_groups(tile, BLOCK_GROUPS)
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, None, :]
     pairs = group * (GROUP_SIZE // 2) + pair
     pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)

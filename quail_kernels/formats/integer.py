@@ -268,12 +268,12 @@ def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUND
     once: Markstein's correction (IBM Journal of Research and Development 34, 1990), of a product whose divisor is known
     in advance (Brisebarre, Muller and Raina, IEEE Transactions on Computers 53, 2004). Of x and s in bf16 or fp16 the
     product alone is near enough to be rounded like the quotient: x / s is never halfway between two numbers of that
-    precision, and tests/formats tries every pair of significands.
+    precision, and tests/interpreter tries every pair of significands.
 
     A scale that is 0 stands for one below every other. FAR: scales may be so small or large that r is not normal, and
-    are brought nearer, x with them, by a power of two. UNBOUNDED: x / scale may overflow; the correction of an infinity
-    would be NaN. What underflows is far below a half, where every recipe rounds to 0. A scale that is not finite
-    gives anything.
+    are brought nearer, x with them, by a power of two. UNBOUNDED: x / scale may overflow, and the correction of an
+    infinity would be NaN; from 2^22 on, where every recipe clamps, it is left out. What underflows is far below a half,
+    where every recipe rounds to 0. A scale that is not finite gives anything.
     """
     by, scale, reciprocal = near_reciprocal(scale, FAR)
     if FAR:

@@ -142,7 +142,8 @@ def tile_offsets(
     BLOCK_PARTS: tl.constexpr,
 ):
     """(group numbers [rows, 1], offsets of their weights and mask [rows, BLOCK_SIZE // BLOCK_PARTS]); int64, with a row
-    for a part of a group. ``in_parts`` makes the tile of what is loaded: compilers differ in how they lay out three dimensions.
+    for a part of a group. ``in_parts`` makes the tile of what is loaded: compilers differ in how they lay out three
+    dimensions.
 
     FULL: every tile is full of weights, and the compiler drops the mask.
     """

@@ -169,7 +169,7 @@ def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
         loads=loads,
         stores=stores,
         inexact=sorted(set(re.findall(r"\b\w+\.(?:full|approx)[.\w]*", ptx))),
-        fused=len(re.findall(r"\bfma\.rn", ptx)),
+        fused=len(re.findall(r"\bfma\.rn", ptx)) + len(re.findall(r"\bfma\.rn\S*\.f32x2", ptx)),
         # What floor flushes to 0 is a position in the lowest bucket either way.
         flushed=re.search(r"(?<!cvt\.rmi)\.ftz", ptx) is not None,
         atomics=re.search(r"\b(atom|red)\.", ptx) is not None,
@@ -202,6 +202,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
     divisions = count("v_div_fixup_f32")
     # With 0 as its third operand a mixed multiply-add is a product.
     multiply_adds = count(r"v_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32)\w*") - count(r"v_fma_mix\w* .*, 0")
+    multiply_adds += count(r"v_pk_(?:fma|mad)\w*_f(?:16|32)\w*")
     approximate = {name: count(rf"v_{name}_f\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log")}
     approximate["rcp"] -= divisions
     return Code(
