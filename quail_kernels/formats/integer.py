@@ -261,8 +261,8 @@ def near_reciprocal(scale, FAR: tl.constexpr):
 
 @triton.jit
 def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUNDED: tl.constexpr):
-    """x / scale rounded to fp32, and then to ``dtype`` but IN_FP32: to the bit what division gives, where the quotient
-    is normal, at the price of one division a group.
+    """x / scale rounded to fp32, and then to ``dtype`` but IN_FP32: to the bit what division gives from 2^-40 to 2^22,
+    at the price of one division a group.
 
     With r = 1 / s rounded and q = x r rounded, q + (x - q s) r is the rounded quotient, both multiply-adds rounding
     once: Markstein's correction (IBM Journal of Research and Development 34, 1990), of a product whose divisor is known
@@ -272,8 +272,8 @@ def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUND
 
     A scale that is 0 stands for one below every other. FAR: scales may be so small or large that r is not normal, and
     are brought nearer, x with them, by a power of two. UNBOUNDED: x / scale may overflow, and the correction of an
-    infinity would be NaN; from 2^22 on, where every recipe clamps, it is left out. What underflows is far below a half,
-    where every recipe rounds to 0. A scale that is not finite gives anything.
+    infinity would be NaN; from 2^22 on, where every recipe clamps, it is left out. Where the correction underflows
+    the last bit may differ: the quotient is far below a half, where every recipe rounds to 0. A scale that is not finite gives anything.
     """
     by, scale, reciprocal = near_reciprocal(scale, FAR)
     if FAR:

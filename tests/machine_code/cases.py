@@ -31,7 +31,7 @@ class Case:
         passes: how often the loads are done.
         decides_codes: whether the arithmetic has to be PyTorch's to the bit.
         warps: how many have to be resident on a multiprocessor to hide its latencies.
-        half_even: whether 1.5 * 2^23 is added and subtracted, which the compiler must not fold.
+        half_even: whether 1.5 * 2^23 is added, which the compiler must not fold.
         fused: how many multiply-adds an element has on purpose: each rounds once, as its source does.
         narrow: {pointer: why its accesses cannot be as wide as a thread's share}, where they cannot.
     """
