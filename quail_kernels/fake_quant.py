@@ -119,7 +119,11 @@ def _fake_quant_fwd_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32."""
+    """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32.
+
+    On sm_90 about 22 instructions (fake_quant bnb-nf4 bf16), about 17 instructions (fake_quant ct-int4-sym bf16); an
+    H100 has time for 35 in 4 bytes.
+    """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
@@ -242,7 +246,10 @@ def _dequantize_fwd_kernel(
     BLOCK_PARTS: tl.constexpr,
 ):
     """Reads half a byte a weight and the parameters of its group, and writes the weight: in bf16 2.5 bytes a weight,
-    and what ``_quantize_fwd_kernel`` writes a group."""
+    and what ``_quantize_fwd_kernel`` writes a group.
+
+    On sm_90 about 13 instructions (dequantize bnb-nf4 bf16), about 12 instructions (dequantize ct-int4-sym bf16).
+    """
     tile = tl.program_id(0).to(tl.int64)
     row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
     group = tile_groups(tile, BLOCK_GROUPS)

@@ -273,7 +273,8 @@ def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUND
     A scale that is 0 stands for one below every other. FAR: scales may be so small or large that r is not normal, and
     are brought nearer, x with them, by a power of two. UNBOUNDED: x / scale may overflow, and the correction of an
     infinity would be NaN; from 2^22 on, where every recipe clamps, it is left out. Where the correction underflows
-    the last bit may differ: the quotient is far below a half, where every recipe rounds to 0. A scale that is not finite gives anything.
+    the last bit may differ: the quotient is far below a half, where every recipe rounds to 0. A scale that is not
+    finite gives anything.
     """
     by, scale, reciprocal = near_reciprocal(scale, FAR)
     if FAR:

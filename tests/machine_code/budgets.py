@@ -105,7 +105,9 @@ def _faults(case: Case, launch, code: Code, widths: dict[str, int]) -> list[str]
         if code.inexact:
             faults.append(f"inexact {', '.join(code.inexact)}, expected the exact operation")
         # What lies in parts beyond a group's end is no weight, and the compiler may see it.
-        expected = {case.fused * lanes // code.threads for lanes in (case.lanes(launch.arguments), _lanes_in_use(launch))}
+        expected = {
+            case.fused * lanes // code.threads for lanes in (case.lanes(launch.arguments), _lanes_in_use(launch))
+        }
         if code.fused not in expected:
             faults.append(f"{code.fused} fused multiply-adds, expected {max(expected)}")
         if code.flushed:
