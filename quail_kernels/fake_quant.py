@@ -185,7 +185,11 @@ def _quantize_fwd_kernel(
     BLOCK_PARTS: tl.constexpr,
 ):
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
-    weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group."""
+    weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group.
+
+    On sm_90 about 23 instructions (quantize bnb-nf4 bf16), about 24 instructions (quantize ct-int4-sym bf16); an H100
+    has time for 22 in 2.5 bytes.
+    """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
