@@ -247,7 +247,7 @@ def nvfp4_position(x, scale, of_tensor):
 
 @triton.jit
 def e2m1(pos, TIES_TO_ZERO: tl.constexpr):
-    """fp32 to the nearest E2M1 number of the same sign, saturating.
+    """fp32, but no NaN, to the nearest E2M1 number of the same sign, saturating.
 
     Ties go to the even code, or to the smaller magnitude, where then a zero of either sign is 0.
     """
