@@ -9,10 +9,12 @@ try:
 except ImportError:
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda fn: fn)
+    triton = SimpleNamespace(jit=lambda fn: fn, constexpr_function=lambda fn: fn)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-__all__ = ["abs_bits", "round_half_to_even", "tl", "triton"]
+__all__ = ["abs_bits", "larger", "largest", "shifted", "smallest", "tl", "triton", "unshifted"]
+
+_SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23
 
 
 @triton.jit
@@ -22,9 +24,35 @@ def abs_bits(x):
 
 
 @triton.jit
-def round_half_to_even(x):
-    """fp32 to a whole number, exact for |x| < 2^22: Triton has no portable rint.
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    Adding 1.5 * 2^23 leaves no bits below 1, rounded half to even.
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x):
+    """The largest element of each group of [parts, groups, part_size], [1, groups, 1]; NaN where one is."""
+    return tl.reduce(tl.reduce(x, 0, larger, keep_dims=True), 2, larger, keep_dims=True)
+
+
+@triton.jit
+def smallest(x):
+    return tl.reduce(tl.reduce(x, 0, _smaller, keep_dims=True), 2, _smaller, keep_dims=True)
+
+
+@triton.jit
+def shifted(x):
+    """x + 1.5 * 2^23: rounded half to even to a whole number, exact for |x| < 2^22, of the same order beyond.
+
+    Triton has no portable rint. Whole numbers of that size differ by what their bits differ by, as integers do.
     """
-    return (x + 12582912.0) - 12582912.0
+    return x + _SHIFT
+
+
+@triton.jit
+def unshifted(x):
+    return x - _SHIFT

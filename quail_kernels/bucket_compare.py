@@ -30,22 +30,26 @@ from typing import Literal
 import torch
 
 from ._sharding import admit_dtensors
-from ._triton import abs_bits, tl, triton
+from ._triton import larger, largest, tl, triton
 from .formats import Format, check_weight, get_format, group_chunks
+from .formats.base import tensor_range
 from .formats.tiles import (
+    in_parts,
     launch_options,
     strided,
     tile_addresses,
     tile_bucket,
     tile_constants,
     tile_fit,
+    tile_groups,
+    tile_mask,
     tile_offsets,
     tile_position,
     tile_step,
     tile_value,
 )
 
-_TILE = 1024
+_TILE = 2048
 BINS = 16
 _PROGRAMS = 1024
 _STEPS = 8
@@ -196,9 +200,9 @@ class Change:
         size = self._below.view(len(step), -1)
         return torch.lt(size, half, out=torch.empty_like(size))
 
-    def in_steps(self, step: torch.Tensor) -> torch.Tensor:
-        """|dw| / step, and 0 where dw = 0, whatever the step; flat."""
-        ratio = (self.size.view(len(step), -1) / step).view(-1)
+    def in_steps(self, recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """|dw| in steps, and 0 where dw = 0, whatever the step; flat."""
+        ratio = recipe.in_steps(self.size.view(rank.shape), rank, params).view(-1)
         ratio.view(torch.int32).bitwise_and_(self._mask)
         return ratio
 
@@ -265,7 +269,7 @@ def _bucket_compare_torch(
         counts[3] += change.is_zero_group(x.shape[1]).sum()
         count_distances(code_distance, bucket, y_bucket)
         sums[0] += change.sum_size
-        sums[1] += change.in_steps(step).clamp_(max=1).sum(dtype=torch.float64)
+        sums[1] += change.in_steps(recipe, rank, params).clamp_(max=1).sum(dtype=torch.float64)
         top = torch.maximum(top, change.max_size.view(torch.int32))
         chunks += 1
         if per_group:
@@ -274,6 +278,13 @@ def _bucket_compare_torch(
         counts[3] = (counts[3] == chunks).long()
     counts[len(_COUNTS) :] = torch.tensor(code_distance)
     return counts, sums, top, group_same
+
+
+@triton.jit
+def _by_thread(x, CHUNK: tl.constexpr):
+    """The sums of what a thread holds."""
+    chunks = tl.sum(x, axis=0).reshape(x.shape[1] * x.shape[2] // CHUNK, CHUNK)
+    return tl.sum(chunks, axis=1)
 
 
 @triton.jit
@@ -304,39 +315,51 @@ def _bucket_compare_fwd_kernel(
     LEVELS: tl.constexpr,
     BUCKETS: tl.constexpr,
     WIDTHS: tl.constexpr,
+    INVERSE_WIDTHS: tl.constexpr,
     SHARED_SCALES: tl.constexpr,
     PER_GROUP: tl.constexpr,
     NEEDS_TENSOR: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     HAS_SHORT: tl.constexpr,
+    FULL: tl.constexpr,
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of
-    ``n_steps`` tiles of a thousand pairs or more, and 4 a group with PER_GROUP.
+    ``n_steps`` tiles of two thousand pairs or more, and 4 a group with PER_GROUP.
 
-    In bf16 for sm_90, Triton 3.7: about 100 instructions a pair, where an H100 has time for 35: what bounds it is
-    arithmetic. tests/machine_code/budgets.json has the figure of each recipe.
+    On sm_90 with Triton 3.7 a pair takes about 57 instructions (bucket_compare ct-int4-sym bf16 own), about 72
+    instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 56 instructions (bucket_compare ct-int4-sym fp32
+    own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory. Of the
+    57, by opcode and roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and
+    clamping 8, values 5, the three flags 8, counting distances 8, the change and its sums 6, a program's end 3.
     """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
     # and then over tiles, in fields just wide enough: of four bits for the distances, then of eight. Only what is left
     # after the last tile goes across threads, four fields to a sum.
-    EIGHTS: tl.constexpr = BLOCK_GROUPS * BLOCK_SIZE // 8
-    flags = tl.zeros([EIGHTS], tl.int32)
-    even_distances = tl.zeros([EIGHTS], tl.int64)
-    odd_distances = tl.zeros([EIGHTS], tl.int64)
-    sum_change = tl.zeros([EIGHTS], tl.float32)
-    sum_flip = tl.zeros([EIGHTS], tl.float32)
-    top = tl.zeros([EIGHTS], tl.int32)
+    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
+    CHUNK: tl.constexpr = min(16 // (dtype.primitive_bitwidth // 8), PART)
+    CHUNKS: tl.constexpr = BLOCK_GROUPS * PART // CHUNK
+    UNIFORM: tl.constexpr = THRESHOLDS is not None and len(THRESHOLDS) == 0
+    flags = tl.zeros([CHUNKS], tl.int32)
+    even_distances = tl.zeros([CHUNKS], tl.int64)
+    odd_distances = tl.zeros([CHUNKS], tl.int64)
+    sum_change = tl.zeros([CHUNKS], tl.float32)
+    sum_flip = tl.zeros([CHUNKS], tl.float32)
+    top = tl.zeros([CHUNKS], tl.float32)
+    zero_groups = tl.zeros([1, BLOCK_GROUPS, 1], tl.int32)
+    smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
-        group, offsets, mask = tile_offsets(tile, n, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE)
+        row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
         addresses = tile_addresses(
-            group,
+            row,
             offsets,
             before_stride_0,
             before_stride_1,
@@ -345,11 +368,12 @@ def _bucket_compare_fwd_kernel(
             before_size_2,
             IN_ROWS,
             GROUP_SIZE,
-            BLOCK_SIZE,
+            BLOCK_GROUPS,
+            BLOCK_PARTS,
         )
-        x = tl.load(before_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+        x = in_parts(tl.load(before_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
         addresses = tile_addresses(
-            group,
+            row,
             offsets,
             after_stride_0,
             after_stride_1,
@@ -358,56 +382,64 @@ def _bucket_compare_fwd_kernel(
             after_size_2,
             IN_ROWS,
             GROUP_SIZE,
-            BLOCK_SIZE,
+            BLOCK_GROUPS,
+            BLOCK_PARTS,
         )
-        y = tl.load(after_ptr + addresses, mask=mask, other=0.0).to(tl.float32)
+        y = in_parts(tl.load(after_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
         if PER_TENSOR:
             scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
             y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
         else:
             of_before = tl.load(of_before_ptr) if NEEDS_TENSOR else 0.0
-            scale, aux = tile_fit(x, mask, short, of_before, dtype, KIND, RULE)
+            scale, aux, is_zero = tile_fit(x, mask, short, of_before, dtype, KIND, RULE, HAS_SHORT)
             if SHARED_SCALES:
-                y_scale, y_aux = scale, aux
+                y_scale, y_aux, y_is_zero = scale, aux, largest(tl.abs(y)) == 0
             else:
                 of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
-                y_scale, y_aux = tile_fit(y, mask, short, of_after, dtype, KIND, RULE)
-        pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT)
-        y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT)
+                y_scale, y_aux, y_is_zero = tile_fit(y, mask, short, of_after, dtype, KIND, RULE, HAS_SHORT)
+            zero_groups += tl.where(is_zero & y_is_zero & (group * GROUP_SIZE < n), 1, 0)
+        pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
+        y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT, not SHARED_SCALES)
 
-        bucket = tile_bucket(pos, scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-        y_bucket = tile_bucket(y_pos, y_scale, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-        distance = tl.minimum(tl.abs(y_bucket - bucket), 15)
+        bucket = tile_bucket(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
+        y_bucket = tile_bucket(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
+        distance = tl.abs(y_bucket - bucket)
+        if KIND == "q4_0":  # a scale of the other sign numbers them from the other end
+            distance = tl.minimum(distance, 15)
         value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
         y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-        step = tile_step(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, WIDTHS)
         change = tl.abs(y - x)
-        ratio = tl.div_rn(change, step)
-        flip = tl.where(change == 0, 0.0, tl.where(ratio > 1, 1.0, ratio))
+        step, steps = tile_step(
+            change, pos, scale, aux, table_ptr, dtype, KIND, RULE, THRESHOLDS, WIDTHS, INVERSE_WIDTHS
+        )
+        half_step = step * 0.5
+        if UNIFORM:
+            is_below = change < tl.where(half_step > 0, half_step, smallest)
+        else:
+            is_below = (change < half_step) | (change == 0)
 
-        row_top = tl.max(abs_bits(x), axis=1, keep_dims=True) | tl.max(abs_bits(y), axis=1, keep_dims=True)
-        here = tl.where(value == y_value, 1, 0)
-        here += tl.where((change < step * 0.5) | (change == 0), 1 << 8, 0)
-        here += tl.where(value == x, 1 << 16, 0)
-        here += tl.where((row_top == 0) & (tl.arange(0, BLOCK_SIZE)[None, :] == 0), 1 << 24, 0)
-        flags += tl.sum(tl.where(mask, here, 0).reshape(EIGHTS, 8), axis=1)
+        here = tl.where(value == y_value, 1, 0) + tl.where(is_below, 1 << 8, 0) + tl.where(value == x, 1 << 16, 0)
+        flags += _by_thread(tl.where(mask, here, 0), CHUNK)
         here = tl.where(mask, tl.full(mask.shape, 1, tl.int64) << (4 * distance).to(tl.int64), 0)
-        here = tl.sum(here.reshape(EIGHTS, 8), axis=1)
-        even_distances += here & 0x0F0F0F0F0F0F0F0F
-        odd_distances += (here >> 4) & 0x0F0F0F0F0F0F0F0F
-        sum_change += tl.sum(tl.where(mask, change, 0.0).reshape(EIGHTS, 8), axis=1)
-        sum_flip += tl.sum(tl.where(mask, flip, 0.0).reshape(EIGHTS, 8), axis=1)
-        top = tl.maximum(top, tl.max(tl.where(mask, abs_bits(change), 0).reshape(EIGHTS, 8), axis=1))
+        here = tl.sum(here.reshape(BLOCK_PARTS, CHUNKS, CHUNK), axis=2)
+        even_distances += tl.sum(here & 0x0F0F0F0F0F0F0F0F, axis=0)
+        odd_distances += tl.sum((here >> 4) & 0x0F0F0F0F0F0F0F0F, axis=0)
+        # Masked lanes hold two zeros, and no change.
+        sum_change += _by_thread(change, CHUNK)
+        sum_flip += _by_thread(tl.minimum(steps, 1.0, propagate_nan=tl.PropagateNan.ALL), CHUNK)
+        most = tl.reduce(tl.reduce(change, 0, larger).reshape(CHUNKS, CHUNK), 1, larger)
+        top = larger(top, most)
         if PER_GROUP:
-            same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=1, keep_dims=True)
+            same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=0, keep_dims=True)
+            same = tl.sum(same, axis=2, keep_dims=True)
             tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
 
     counts_ptr += tl.program_id(0).to(tl.int64) * 20
     low = (flags & 0xFF) | ((flags & 0xFF00) << 8)
-    high = ((flags >> 16) & 0xFF) | ((flags >> 8) & 0xFF0000)
-    packed = tl.sum(low.to(tl.int64) | (high.to(tl.int64) << 32), axis=0)
-    for i in tl.static_range(4):
+    packed = tl.sum(low.to(tl.int64) | ((flags >> 16).to(tl.int64) << 32), axis=0)
+    for i in tl.static_range(3):
         tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
+    tl.store(counts_ptr + 3, tl.sum(zero_groups.reshape(BLOCK_GROUPS), axis=0))
     for part in tl.static_range(4):
         distances = odd_distances if part % 2 else even_distances
         packed = tl.sum((distances >> (4 * (part - part % 2))) & 0x00FF00FF00FF00FF, axis=0)
@@ -416,7 +448,7 @@ def _bucket_compare_fwd_kernel(
     sums_ptr += tl.program_id(0).to(tl.int64) * 3
     tl.store(sums_ptr, tl.sum(sum_change, axis=0))
     tl.store(sums_ptr + 1, tl.sum(sum_flip, axis=0))
-    tl.store(sums_ptr + 2, tl.max(top, axis=0).to(tl.float32, bitcast=True))
+    tl.store(sums_ptr + 2, tl.abs(tl.reduce(top, 0, larger)))
 
 
 def _bucket_compare_triton(
@@ -432,7 +464,9 @@ def _bucket_compare_triton(
         return _bucket_compare_torch(before, after, recipe, shared_scales, per_group)
     before, layout = strided(before)
     after, after_layout = strided(after)
-    constants = recipe.kernel_constants(before.dtype) | tile_constants(recipe, n, tile, layout, after_layout)
+    constants = recipe.kernel_constants(before.dtype) | tile_constants(
+        recipe, n, tile, layout, after_layout, parts=before.element_size()
+    )
     rows = -(-n // constants["GROUP_SIZE"])
     tiles = -(-rows // constants["BLOCK_GROUPS"])
     # Enough programs for every multiprocessor to hold several; beyond that, tiles share the reductions of one.
@@ -442,7 +476,11 @@ def _bucket_compare_triton(
     counts = torch.empty(programs, len(_COUNTS) + BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
     row_same = torch.empty(rows if per_group else 0, dtype=torch.int32, device=device)
-    of_before = recipe.fit_tensor(before)
+    if recipe.group_size is None:
+        ends = torch.stack(tensor_range(before))[None]
+        of_before = recipe.fit(ends, False, None)
+    else:
+        of_before = recipe.fit_tensor(before)
     with torch.cuda.device_of(before):
         _bucket_compare_fwd_kernel[(programs,)](
             counts,
@@ -460,19 +498,21 @@ def _bucket_compare_triton(
             LEVELS=recipe.levels,
             BUCKETS=recipe.column("buckets"),
             WIDTHS=recipe.widths,
+            INVERSE_WIDTHS=recipe.inverse_widths,
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,
             **constants,
-            # Two weights, two grids and five counters are alive at once: 16 a thread would spill registers.
-            **launch_options(constants, weights_per_thread=8),
+            # Two weights, two grids and five counters are alive at once: more would spill registers.
+            **launch_options(constants, weights_per_thread=16 if constants["BLOCK_PARTS"] > 1 else 8),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()
+    top = sums[:, 2].view(torch.int32).amax()
     if recipe.group_size is None:
-        # The rows of a whole-tensor group are pieces of it: it is zero where all of them are.
-        counts[3] = (counts[3] == rows).long()
+        # The rows of a whole-tensor group are pieces of it.
+        counts[3] = ((ends == 0).all() & (top == 0)).long()
         group_same = group_same.sum(dim=0, keepdim=True) if per_group else group_same
-    return counts, sums[:, :2].sum(dim=0, dtype=torch.float64), sums[:, 2].view(torch.int32).amax(), group_same
+    return counts, sums[:, :2].sum(dim=0, dtype=torch.float64), top, group_same
 
 
 # Among a DTensor's arguments only those from the first integer on tell one sharding from another: the format

@@ -291,6 +291,9 @@ def _margin_hinge_fwd_kernel(
     read. The second time comes from the L2 cache only while all rows in flight fit it: on an H100 (50 MB, 5
     programs an SM) bf16 rows of up to 19,000 logits. The other two norms need no second pass: a sum of squares
     and a maximum can be shifted afterwards.
+
+    On sm_90 about 15 instructions (hinge_fwd per_logit logits 49152 bf16), about 48 instructions (hinge_fwd per_logit
+    log_probs 49152 bf16); an H100 has time for 35 in 4 bytes.
     """
     row = tl.program_id(0).to(tl.int64)
     stats_ptr += row * 6
@@ -485,6 +488,9 @@ def _margin_hinge_bwd_kernel(
     """BLOCK_V logits of one token a program. Bytes per logit: one element of z, of z_ref and of the gradient.
 
     Norm label needs no z_ref, and in space logits no z.
+
+    On sm_90 about 25 instructions (hinge_bwd per_logit logits 49152 bf16), about 32 instructions (hinge_bwd per_logit
+    log_probs 49152 bf16); an H100 has time for 53 in 6 bytes.
     """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)

@@ -146,7 +146,7 @@ class _Tally:
         params, own_params = recipe.params(x, short, self._of_before), recipe.params(y, short, self._of_after)
         x, y = change.before.view(x.shape), change.after.view(x.shape)
         rank = recipe.rank(x, params, short)
-        self._add_steps(change, step_of(recipe, rank, params))
+        self._add_steps(change, rank, params)
         bucket, value = place_and_value(recipe, rank, params, dtype)
         del rank
         y_bucket, y_value = place_and_value(recipe, recipe.rank(y, own_params, short), own_params, dtype)
@@ -182,9 +182,9 @@ class _Tally:
         if math.isnan(largest) or largest > self._max_change:
             self._max_change = largest
 
-    def _add_steps(self, change: Change, step: torch.Tensor) -> None:
-        self._totals["below_half_step"] += int(change.is_below_half(step).sum())
-        in_steps = change.in_steps(step)
+    def _add_steps(self, change: Change, rank: torch.Tensor, params: torch.Tensor) -> None:
+        self._totals["below_half_step"] += int(change.is_below_half(step_of(self.recipe, rank, params)).sum())
+        in_steps = change.in_steps(self.recipe, rank, params)
         half_octaves = (in_steps.view(torch.int32) >> 22).clamp_(_FIRST_BIN, _LAST_BIN).sub_(_FIRST_BIN)
         self._sizes += torch.bincount(half_octaves.to(torch.uint8), minlength=len(self._sizes)).cpu()
         self._totals["sum_flip_law"] += in_steps.clamp_(max=1).sum(dtype=torch.float64).item()

@@ -28,6 +28,7 @@ class Format:
     ``value(rank, params)``       what the bucket dequantizes to, before the cast to the model's dtype
     ``step(rank, params)``        the width of the bucket, fp32
     ``nearest(x, params, short)`` the value of x's rank
+    ``in_steps(change, rank, params)``  a change of the weight in such widths, fp32
     ``kernel_rule(dtype)``        the constants that the tile functions of the rule's kind are given
 
     ``rank`` takes the parameters as ``fit`` gives them, ``value`` and ``step`` also as they are stored, in
@@ -44,6 +45,7 @@ class Format:
     needs_tensor = False  # whether fit looks at of_tensor
     thresholds = ()  # between ranks, on the scale of a weight's position; () where buckets are uniform
     widths = ()  # by rank, as many as levels, where thresholds are
+    inverse_widths = ()
     pad_code = 0
     codes = tuple(range(16))  # by rank: what is stored
     buckets = tuple(range(16))  # by rank
@@ -97,6 +99,9 @@ class Format:
         if (name, device) not in self._tables:
             self._tables[name, device] = torch.tensor(getattr(self, name), dtype=dtype, device=device)
         return self._tables[name, device]
+
+    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return change * finite_inverse(self.step(rank[:, :1], params))
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()
@@ -197,6 +202,11 @@ def group_chunks(w: torch.Tensor, recipe: Format) -> Iterator[tuple[slice, slice
 def look_up(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``values[index]``, which on the CPU takes four times as long."""
     return values.index_select(0, index.flatten()).view(index.shape)
+
+
+def finite_inverse(step: torch.Tensor) -> torch.Tensor:
+    """1 / step, the largest number for one that overflows: no change at all is then still no step."""
+    return (1.0 / step).clamp(max=torch.finfo(torch.float32).max)
 
 
 def in_words(sizes: tuple[int, ...] | range) -> str:

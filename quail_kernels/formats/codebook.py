@@ -29,8 +29,10 @@ _KERNEL_CELLS = 32
 _CELL_SCALE = 15.25
 _KERNEL_CELL_SCALE = tl.constexpr(_CELL_SCALE)
 _CELL_ORIGIN = tl.constexpr(12582912.0 + 16.0)
-_COLUMNS = {"levels": 64, "widths": 80, "codes": 96, "buckets": 112, "levels_by_code": 128}
-_LEVELS, _WIDTHS, _LEVELS_BY_CODE = (tl.constexpr(_COLUMNS[name]) for name in ("levels", "widths", "levels_by_code"))
+_COLUMNS = {"levels": 64, "widths": 80, "codes": 96, "buckets": 112, "levels_by_code": 128, "inverse_widths": 144}
+_LEVELS, _WIDTHS, _LEVELS_BY_CODE, _INVERSE_WIDTHS = (
+    tl.constexpr(_COLUMNS[name]) for name in ("levels", "widths", "levels_by_code", "inverse_widths")
+)
 _CELLS = 1365  # found by trying odd numbers: FP4 has a threshold at 0, and none may lie near an edge
 
 
@@ -100,6 +102,10 @@ class Levels(Format):
         return tuple(edges[span[-1] + 1] - edges[span[0]] for span in spans)
 
     @functools.cached_property
+    def inverse_widths(self) -> tuple[float, ...]:
+        return tuple(1 / width for width in self.widths)
+
+    @functools.cached_property
     def pad_code(self) -> int:
         return self.codes[sum(threshold < 0 for threshold in self.thresholds)]
 
@@ -136,18 +142,16 @@ class Codebook(Levels):
     def _kernel_cells(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
         """(thresholds that every position is compared with, by cell one more, by cell the rank without them).
 
-        A cell without a threshold has infinity; the last has -infinity and a rank less, so that NaN, which is above
-        none of the others, is above that and in the top bucket.
+        A cell without a threshold has infinity.
         """
         at = [threshold * _CELL_SCALE + _KERNEL_CELLS / 2 for threshold in self.thresholds]
         cells = [round(place) for place in at]
         if any(abs(place % 1 - 0.5) < 0.001 for place in at) or cells[-1] == _KERNEL_CELLS - 1:
             raise ValueError(f"{self.name}: expected thresholds apart from the edges of the cells")
         always = tuple(t for i, t in enumerate(self.thresholds) if cells[i] in cells[:i])
-        own = dict(zip(reversed(cells), reversed(self.thresholds), strict=True)) | {_KERNEL_CELLS - 1: float("-inf")}
+        own = dict(zip(reversed(cells), reversed(self.thresholds), strict=True))
         single = [cell for cell, threshold in zip(cells, self.thresholds, strict=True) if threshold not in always]
         below = [sum(other < cell for other in single) for cell in range(_KERNEL_CELLS)]
-        below[-1] -= 1
         return always, tuple(own.get(cell, float("inf")) for cell in range(_KERNEL_CELLS)), tuple(below)
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
@@ -180,17 +184,22 @@ class Codebook(Levels):
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return look_up(self.table("widths", rank.device), rank).mul_(params[:, None])
 
+    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        in_scales = change * (1.0 / params.clamp(min=_SMALLEST_ABSMAX))[:, None]
+        return in_scales.mul_(look_up(self.table("inverse_widths", rank.device), rank))
+
 
 @functools.cache
 def _kernel_table(recipe: Codebook, device: torch.device) -> torch.Tensor:
-    """int32 [144]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
+    """int32 [160]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
     _, own, below = recipe._kernel_cells
 
     def bits(numbers):
         return torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
 
     words = [*bits(own), *below, *bits(recipe.levels), *bits(recipe.widths), *recipe.codes, *recipe.buckets]
-    return torch.tensor(words + bits(recipe.levels_by_code), dtype=torch.int32).to(device)
+    words += bits(recipe.levels_by_code) + bits(recipe.inverse_widths)
+    return torch.tensor(words, dtype=torch.int32).to(device)
 
 
 _SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -210,25 +219,43 @@ RECIPES = (
 
 
 @triton.jit
-def codebook_fit(absmax, short):
-    # A number below fp32's normal range would make the comparison one of fp64.
-    smallest = tl.full(absmax.shape, 1e-38, tl.float32)
-    return tl.where(short & (absmax < smallest), smallest, absmax)
+def codebook_fit(absmax, short, HAS_SHORT: tl.constexpr):
+    if HAS_SHORT:
+        # A number below fp32's normal range would make the comparison one of fp64.
+        smallest = tl.full(absmax.shape, 1e-38, tl.float32)
+        absmax = tl.where(short & (absmax < smallest), smallest, absmax)
+    return absmax
 
 
 @triton.jit
-def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr):
+def codebook_inverse(absmax):
     smallest = tl.full(absmax.shape, 1e-38, tl.float32)
     absmax = tl.where(absmax < smallest, smallest, absmax)
-    pos = x * tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
+    return tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
+
+
+@triton.jit
+def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr, OWN: tl.constexpr):
+    """From -1 to 1, but for a last bit; NaN is at 1."""
+    pos = x * codebook_inverse(absmax)
     if HAS_SHORT:
+        smallest = tl.full(absmax.shape, 1e-38, tl.float32)
+        absmax = tl.where(absmax < smallest, smallest, absmax)
         pos = tl.where(short, tl.div_rn(x, tl.broadcast_to(absmax, x.shape)), pos)
-    return pos
+    pos = tl.minimum(pos, 1.0)
+    return pos if OWN else tl.maximum(pos, -1.0)
+
+
+@triton.jit
+def entry_at(table_ptr, index):
+    """In two dimensions, as the weights were loaded: then the compiler keeps one layout for both."""
+    rows = index.reshape(index.shape[0] * index.shape[1], index.shape[2])
+    return tl.load(table_ptr + rows).reshape(index.shape)
 
 
 @triton.jit
 def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
-    """The number of thresholds below pos; NaN is above all, as torch.bucketize has it.
+    """The number of thresholds below pos; NaN was above all, as torch.bucketize has it.
 
     What NF4 costs in other forms, in instructions a weight for sm_90 with Triton 3.7 (in brackets those on the pipe for
     compares, selects and integers, which is half as wide), without what bucket_compare has saved elsewhere since:
@@ -244,10 +271,9 @@ def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
     The last is what stands here; the clamp to -1 and 1 adds one. sm_80 and sm_100 are within 3 of these in fake_quant,
     but for the tree in bf16 (34.8, 37.2). An H100 has time for 35 (17.7) in bf16 and 71 (35) in fp32.
     """
-    inside = tl.maximum(tl.where(pos <= 1.0, pos, 1.0), -1.0)
-    cell = (inside * _KERNEL_CELL_SCALE + _CELL_ORIGIN).to(tl.int32, bitcast=True) & 31
-    own = tl.load(table_ptr + cell).to(tl.float32, bitcast=True)
-    rank = tl.load(table_ptr + 32 + cell) + tl.where(pos <= own, 0, 1)
+    cell = (pos * _KERNEL_CELL_SCALE + _CELL_ORIGIN).to(tl.int32, bitcast=True) & 31
+    own = entry_at(table_ptr, cell).to(tl.float32, bitcast=True)
+    rank = entry_at(table_ptr + 32, cell) + tl.where(pos <= own, 0, 1)
     for i in tl.static_range(len(ALWAYS)):
         rank += tl.where(pos <= ALWAYS[i], 0, 1)
     return rank
@@ -255,14 +281,19 @@ def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
 
 @triton.jit
 def codebook_level(rank, table_ptr):
-    return tl.load(table_ptr + _LEVELS + rank).to(tl.float32, bitcast=True)
+    return entry_at(table_ptr + _LEVELS, rank).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def codebook_width(rank, table_ptr):
-    return tl.load(table_ptr + _WIDTHS + rank).to(tl.float32, bitcast=True)
+    return entry_at(table_ptr + _WIDTHS, rank).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def codebook_inverse_width(rank, table_ptr):
+    return entry_at(table_ptr + _INVERSE_WIDTHS, rank).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def codebook_level_of_code(code, table_ptr):
-    return tl.load(table_ptr + _LEVELS_BY_CODE + code).to(tl.float32, bitcast=True)
+    return entry_at(table_ptr + _LEVELS_BY_CODE, code).to(tl.float32, bitcast=True)

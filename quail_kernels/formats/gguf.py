@@ -28,8 +28,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .._triton import abs_bits, tl, triton
+from .._triton import shifted, tl, triton
 from .base import Format
+from .integer import masked_range
 
 
 def _through_fp16(params: torch.Tensor) -> torch.Tensor:
@@ -108,34 +109,32 @@ RECIPES = (
 
 @triton.jit
 def q4_0_fit(x, absmax):
-    largest = absmax.to(tl.int32, bitcast=True)
-    twice_column = 2 * tl.arange(0, x.shape[1])[None, :]
+    PART: tl.constexpr = x.shape[2]
+    column = PART * tl.arange(0, x.shape[0])[:, None, None] + tl.arange(0, PART)[None, None, :]
     negative = (x.to(tl.int32, bitcast=True) >> 31) & 1
-    first = tl.where(abs_bits(x) == largest, twice_column + negative, 2 * x.shape[1])
-    sign = (tl.min(first, axis=1, keep_dims=True) & 1) << 31
-    return (largest | sign).to(tl.float32, bitcast=True) * -0.125
+    first = tl.where(tl.abs(x) == absmax, 2 * column + negative, 2 * PART * x.shape[0])
+    sign = (tl.min(tl.min(first, axis=0, keep_dims=True), axis=2, keep_dims=True) & 1) << 31
+    return (absmax.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True) * -0.125
 
 
 @triton.jit
-def q4_1_fit(x, mask, absmax):
-    low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
-    high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
-    low = tl.where(absmax == absmax, tl.where(low == 0, 0.0, low), absmax)
-    high = tl.where(high == 0, 0.0, high)
-    return tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), low
+def q4_1_fit(x, mask):
+    low, high = masked_range(x, mask)
+    low, high = tl.where(low == 0, 0.0, low), tl.where(high == 0, 0.0, high)
+    return tl.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)), low, (low == 0) & (high == 0)
 
 
 @triton.jit
-def gguf_position(x, scale):
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    return x * tl.where(scale == 0, 0.0, inverse)
-
-
-@triton.jit
-def gguf_rank(pos, ZERO: tl.constexpr):
-    shifted = pos + (ZERO + 0.5)
-    shifted = tl.where(shifted < float("inf"), shifted, 0.0)
-    return tl.floor(tl.minimum(tl.maximum(shifted, 0.0), 15.0))
+def gguf_position(x, scale, ZERO: tl.constexpr, OWN: tl.constexpr):
+    """The rank - ZERO + 1.5 * 2^23; NaN and infinity are at rank 0."""
+    inverse = tl.where(scale == 0, 0.0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
+    if OWN:
+        # On its own scale a weight is infinite only where the inverse is, and that is so for the group.
+        inverse = tl.where(tl.abs(inverse) < float("inf"), inverse, float("nan"))
+    up = x * inverse + (ZERO + 0.5)
+    if not OWN:
+        up = tl.where(up < float("inf"), up, 0.0)
+    return shifted(tl.floor(tl.minimum(tl.maximum(up, 0.0), 15.0))) - ZERO
 
 
 @triton.jit

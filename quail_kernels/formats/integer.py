@@ -70,7 +70,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._triton import round_half_to_even, tl, triton
+from .._triton import largest, shifted, smallest, tl, triton, unshifted
 from .base import ROW_SIZES, Format
 
 
@@ -246,8 +246,66 @@ def _rounded_to(x, dtype, IN_FP32: tl.constexpr):
 
 
 @triton.jit
-def _within(x, lowest, highest, if_nan=0.0):
-    return tl.minimum(tl.maximum(tl.where(x == x, x, if_nan), lowest), highest)
+def _within(x, lowest, highest):
+    """NaN is at the lowest."""
+    return tl.minimum(tl.maximum(x, lowest), highest)
+
+
+@triton.constexpr_function
+def is_far(dtype, RULE):
+    """Whether scales may lie where a reciprocal overflows: in fp16 they cannot, nor where a recipe keeps them away."""
+    return dtype != tl.float16 and (len(RULE) == 0 or RULE[1] == 0)
+
+
+@triton.jit
+def near_reciprocal(scale, FAR: tl.constexpr):
+    """(a power of two, the scale times that, the reciprocal of the product); FAR: the power need not be 1."""
+    by = tl.zeros_like(scale) + 1.0
+    if FAR:
+        by = tl.where(scale < 2.0**-60, 2.0**96, tl.where(scale > 2.0**60, 2.0**-64, by))
+        scale = scale * by
+    scale = tl.where(scale == 0, 2.0**-60, scale)
+    return by, scale, tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+
+
+@triton.jit
+def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUNDED: tl.constexpr):
+    """x / scale rounded to fp32, and then to ``dtype`` but IN_FP32: to the bit what division gives from 2^-40 to 2^22,
+    at the price of one division a group.
+
+    With r = 1 / s rounded and q = x r rounded, q + (x - q s) r is the rounded quotient, both multiply-adds rounding
+    once: Markstein's correction (IBM Journal of Research and Development 34, 1990), of a product whose divisor is known
+    in advance (Brisebarre, Muller and Raina, IEEE Transactions on Computers 53, 2004). Of x and s in bf16 or fp16 the
+    product alone is near enough to be rounded like the quotient: x / s is never halfway between two numbers of that
+    precision, and tests/interpreter tries every pair of significands.
+
+    A scale that is 0 stands for one below every other. FAR: scales may be so small or large that r is not normal, and
+    are brought nearer, x with them, by a power of two. UNBOUNDED: x / scale may overflow, and the correction of an
+    infinity would be NaN; from 2^22 on, where every recipe clamps, it is left out. Where the correction underflows
+    the last bit may differ: the quotient is far below a half, where every recipe rounds to 0. A scale that is not
+    finite gives anything.
+    """
+    by, scale, reciprocal = near_reciprocal(scale, FAR)
+    if FAR:
+        x = x * by
+    product = x * reciprocal
+    if IN_FP32 or dtype == tl.float32:
+        quotient = tl.fma(tl.fma(-product, tl.broadcast_to(scale, x.shape), x), reciprocal + tl.zeros_like(x), product)
+        if UNBOUNDED:
+            quotient = tl.where(tl.abs(product) < 2.0**22, quotient, product)
+    else:
+        quotient = product.to(dtype).to(tl.float32)
+    return quotient
+
+
+@triton.jit
+def _known(position, scale, OWN: tl.constexpr):
+    """The position, 0 where it is NaN: on a scale that was fitted to x too, whole groups are or are not."""
+    if OWN:
+        position = tl.where(tl.abs(scale) < float("inf"), position, 0.0)
+    else:
+        position = tl.where(position == position, position, 0.0)
+    return position
 
 
 @triton.jit
@@ -258,27 +316,27 @@ def symmetric_fit(absmax, dtype, RULE: tl.constexpr):
 
 
 @triton.jit
-def symmetric_position(x, scale, dtype, RULE: tl.constexpr):
-    return _rounded_to(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype, RULE[3])
+def symmetric_position(x, scale, dtype, RULE: tl.constexpr, OWN: tl.constexpr):
+    """q + 1.5 * 2^23."""
+    position = _known(_quotient(x, scale, dtype, RULE[3], is_far(dtype, RULE), not OWN), scale, OWN)
+    return _within(shifted(position), shifted(-8.0), shifted(7.0))
 
 
 @triton.jit
-def symmetric_rank(pos):
-    return round_half_to_even(_within(pos, -8.0, 7.0)) + 8.0
-
-
-@triton.jit
-def zero_point_fit(x, mask, absmax, dtype, RULE: tl.constexpr):
+def zero_point_fit(x, mask, dtype, RULE: tl.constexpr):
+    """(scale, zero point, whether all are zero)."""
     LOWEST: tl.constexpr = RULE[0]
     SMALLEST: tl.constexpr = RULE[1]
     GUARD: tl.constexpr = RULE[2]
     ZERO_IN_RANGE: tl.constexpr = RULE[3]
     LIKE_GPTQ: tl.constexpr = RULE[5]
-    low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
-    high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
-    if ZERO_IN_RANGE:
-        low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-    low = tl.where(absmax == absmax, low, absmax)
+    if ZERO_IN_RANGE:  # lanes that are masked hold 0
+        low, high = smallest(x), largest(x)
+        is_zero = (low == 0) & (high == 0)
+        low, high = tl.where(low > 0, 0.0, low), tl.maximum(high, 0.0)
+    else:
+        low, high = masked_range(x, mask)
+        is_zero = (low == 0) & (high == 0)
     if LIKE_GPTQ:
         zeros = low == high
         low, high = tl.where(zeros, -1.0, low), tl.where(zeros, 1.0, high)
@@ -288,28 +346,32 @@ def zero_point_fit(x, mask, absmax, dtype, RULE: tl.constexpr):
     guarded = tl.where(scale == 0, GUARD, scale)
     # Clamped so that it stays in fp32: of operands that are bf16, PTX would make a multiply-add for sm_80.
     below = _rounded_to(tl.div_rn(low, guarded if LIKE_GPTQ else scale), dtype, LIKE_GPTQ)
-    zero_point = _rounded_to(LOWEST - _within(below, -32.0, 32.0, LOWEST), dtype, LIKE_GPTQ)
-    return guarded, round_half_to_even(_within(zero_point, LOWEST, LOWEST + 15.0))
+    below = _within(tl.where(below == below, below, LOWEST), -32.0, 32.0)
+    zero_point = shifted(_rounded_to(LOWEST - below, dtype, LIKE_GPTQ))
+    return guarded, unshifted(_within(zero_point, shifted(LOWEST), shifted(LOWEST + 15.0))), is_zero
 
 
 @triton.jit
-def zero_point_rank(x, scale, zero_point, dtype, RULE: tl.constexpr):
+def zero_point_position(x, scale, zero_point, dtype, RULE: tl.constexpr, OWN: tl.constexpr):
+    """q - z + 1.5 * 2^23."""
     LOWEST: tl.constexpr = RULE[0]
+    ZERO_IN_RANGE: tl.constexpr = RULE[3]
     ZERO_POINT_FIRST: tl.constexpr = RULE[4]
     LIKE_GPTQ: tl.constexpr = RULE[5]
-    pos = _rounded_to(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype, LIKE_GPTQ)
+    UNBOUNDED: tl.constexpr = not (OWN and ZERO_IN_RANGE)
+    position = _known(_quotient(x, scale, dtype, LIKE_GPTQ, is_far(dtype, RULE), UNBOUNDED), scale, OWN)
+    lowest, highest = shifted(LOWEST), shifted(LOWEST + 15.0)
     if ZERO_POINT_FIRST:
-        pos = tl.where(pos == pos, pos, 0.0) + zero_point
-        q = round_half_to_even(_within(_rounded_to(pos, dtype, LIKE_GPTQ), LOWEST, LOWEST + 15.0))
+        position = shifted(_rounded_to(position + zero_point, dtype, LIKE_GPTQ))
+        position = _within(position, lowest, highest) - zero_point
     else:
-        # 32 is beyond any bucket, and near enough for rounding.
-        q = _within(round_half_to_even(_within(pos, -32.0, 32.0)) + zero_point, LOWEST, LOWEST + 15.0)
-    return q - LOWEST
+        position = _within(shifted(position), -zero_point + lowest, -zero_point + highest)
+    return position
 
 
 @triton.jit
-def zero_point_value(level, scale, zero_point, FP16: tl.constexpr):
-    level = level - zero_point
+def zero_point_value(level, scale, FP16: tl.constexpr):
+    """``level``: above the zero point."""
     if FP16:
         value = (level * scale.to(tl.float16).to(tl.float32)).to(tl.float16).to(tl.float32)
     else:
@@ -318,13 +380,20 @@ def zero_point_value(level, scale, zero_point, FP16: tl.constexpr):
 
 
 @triton.jit
-def minmax_fit(x, mask, absmax):
-    low = tl.min(tl.where(mask, x, float("inf")), axis=1, keep_dims=True)
-    high = tl.max(tl.where(mask, x, float("-inf")), axis=1, keep_dims=True)
-    low = tl.where(absmax == absmax, low, absmax) + 0.0
-    return tl.abs((high - low) * 0.0625), low
+def masked_range(x, mask):
+    """(smallest, largest) of the groups, NaN where a weight is."""
+    return smallest(tl.where(mask, x, float("inf"))), largest(tl.where(mask, x, float("-inf")))
 
 
 @triton.jit
-def minmax_rank(pos):
-    return _within(tl.floor(pos), 0.0, 15.0)
+def minmax_fit(x, mask):
+    low, high = masked_range(x, mask)
+    low, high = low + 0.0, high + 0.0
+    return (high - low) * 0.0625, low, (low == 0) & (high == 0)
+
+
+@triton.jit
+def minmax_position(x, step, low, dtype, OWN: tl.constexpr):
+    """The bucket + 1.5 * 2^23."""
+    position = _known(_quotient(x - low, step, dtype, True, is_far(dtype, ()), not OWN), step, OWN)
+    return shifted(_within(tl.floor(position), 0.0, 15.0))

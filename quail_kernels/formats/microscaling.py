@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 
 from .._triton import tl, triton
-from .base import look_up
+from .base import finite_inverse, look_up
 from .codebook import Levels
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -89,6 +89,10 @@ class E2M1(Levels):
 
     def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return look_up(self.table("widths", rank.device), rank).mul_(self.unit(params)[:, None])
+
+    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        in_units = change * finite_inverse(self.unit(params))[:, None]
+        return in_units.mul_(look_up(self.table("inverse_widths", rank.device), rank))
 
 
 @dataclass(frozen=True)
@@ -203,11 +207,22 @@ def mx_unit(scale, KIND: tl.constexpr):
 
 
 @triton.jit
-def mx_position(x, scale, KIND: tl.constexpr):
-    unit = mx_unit(scale, KIND)
-    # Of a power of two the reciprocal is exact, and so dividing by one is multiplying by the other.
+def mx_inverse(unit):
+    """1 / unit, exact: unit is a power of two."""
     exponent = 254 - (unit.to(tl.int32, bitcast=True) >> 23)
-    return e2m1(x * tl.where(unit == unit, power_of_two(exponent), unit), KIND == "mx_gguf")
+    return tl.where(unit == unit, power_of_two(exponent), unit)
+
+
+@triton.jit
+def mx_position(x, scale, KIND: tl.constexpr, OWN: tl.constexpr):
+    inverse = mx_inverse(mx_unit(scale, KIND))
+    pos = x * inverse
+    if OWN:
+        # On its own scale a weight is NaN only where the scale is, and that is so for the group.
+        pos = tl.where(inverse == inverse, pos, 6.0)
+    else:
+        pos = tl.where(pos == pos, pos, 6.0)
+    return e2m1(pos, KIND == "mx_gguf")
 
 
 @triton.jit
@@ -229,23 +244,24 @@ def e4m3(x):
 @triton.jit
 def nvfp4_position(x, scale, of_tensor):
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), of_tensor)
-    return e2m1(x * tl.div_rn(inverse, scale), False)
+    pos = x * tl.div_rn(inverse, scale)
+    return e2m1(tl.where(pos == pos, pos, 6.0), False)
 
 
 @triton.jit
 def e2m1(pos, TIES_TO_ZERO: tl.constexpr):
-    """fp32 to the nearest E2M1 number of the same sign, saturating; NaN becomes 6.
+    """fp32, but no NaN, to the nearest E2M1 number of the same sign, saturating.
 
     Ties go to the even code, or to the smaller magnitude, where then a zero of either sign is 0.
     """
-    pos = tl.where(pos == pos, pos, 6.0)
     magnitude = tl.minimum(tl.abs(pos), 6.0)
+    # The levels are half of this apart: 1, 2 or 4, by the exponent.
+    twice_spacing = (tl.maximum(magnitude, 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     # Adding 1.5 * 2^23 times the levels' spacing leaves none of the bits below that.
-    shift = tl.where(magnitude < 2, 6291456.0, tl.where(magnitude < 4, 12582912.0, 25165824.0))
+    shift = twice_spacing * 6291456.0
     level = (magnitude + shift) - shift
     if TIES_TO_ZERO:
-        spacing = tl.where(magnitude < 2, 0.5, tl.where(magnitude < 4, 1.0, 2.0))
-        level = tl.where(level - magnitude == 0.5 * spacing, level - spacing, level)
+        level = tl.where(level - magnitude == 0.25 * twice_spacing, level - 0.5 * twice_spacing, level)
     sign = pos.to(tl.int32, bitcast=True) & -2147483648
     signed = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.where(level == 0, 0.0, signed) if TIES_TO_ZERO else signed
@@ -264,15 +280,37 @@ def e2m1_level(code):
 
 
 @triton.jit
-def e2m1_bucket(level):
-    code = e2m1_code(level)
-    return tl.where(code < 8, 7 + code, 15 - code)
+def _e2m1_magnitude(level):
+    """The code of |level|, times 2^22."""
+    return (tl.abs(level) * 2.0**-126).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def e2m1_place(level):
+    """The bucket, counted from that of zero."""
+    magnitude = _e2m1_magnitude(level) >> 22
+    return tl.where(level < 0, -magnitude, magnitude)
+
+
+@triton.constexpr_function
+def _digits(numbers, by):
+    """Of the eight largest, in sixteenths of each other; int32."""
+    packed = sum(round(by * number) << (4 * i) for i, number in enumerate(numbers[8:]))
+    return packed - (1 << 32 if packed >> 31 else 0)
 
 
 @triton.jit
 def e2m1_width(level, WIDTHS: tl.constexpr):
-    magnitude = tl.abs(level)
-    width = tl.where(magnitude < 2, WIDTHS[8], WIDTHS[12])
-    width = tl.where(magnitude < 3, width, WIDTHS[13])
-    width = tl.where(magnitude < 4, width, WIDTHS[14])
-    return tl.where(magnitude < 6, width, WIDTHS[15])
+    """The width of the bucket on a position's scale: quarters, looked up in a number of eight digits."""
+    QUARTERS: tl.constexpr = _digits(WIDTHS, 4)
+    digit = (tl.full(level.shape, QUARTERS, tl.int32) >> (_e2m1_magnitude(level) >> 20)) & 15
+    # 2^21 + a quarter of it, by its bits.
+    return (digit | 0x4A000000).to(tl.float32, bitcast=True) - 2097152.0
+
+
+@triton.jit
+def e2m1_inverse_width(level, INVERSE_WIDTHS: tl.constexpr):
+    """The reciprocal of the width: thirds, looked up likewise, times the fp32 third, which rounds as they do."""
+    THIRDS: tl.constexpr = _digits(INVERSE_WIDTHS, 3)
+    digit = (tl.full(level.shape, THIRDS, tl.int32) >> (_e2m1_magnitude(level) >> 20)) & 15
+    return ((digit | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * 0.3333333432674408

@@ -1,7 +1,11 @@
-"""The Triton side of the recipes: device functions over a tile [groups, group_size] of fp32 weights.
+"""The Triton side of the recipes: device functions over a tile [parts, groups, part_size] of fp32 weights.
 
-A weight's ``position`` is the weight on its group's own scale: code, bucket, value and step are all read off
-it, and the compiler drops what a kernel does not store. A group's parameters are two numbers, ``scale`` and
+A group lies in parts of the tile, so that a thread, which holds neighbours in chunks of 128 bits, has all of its chunks
+from one group and reckons with the parameters of one: parts are what is left in its registers.
+
+A weight's ``position`` is what code, bucket, value and step are all read off, and the compiler drops what a kernel
+does not store: in a codebook the weight on its group's own scale, of E2M1 its level, in a uniform recipe the level
+above the zero point, a whole number plus 1.5 * 2^23 (``shifted``). A group's parameters are two numbers, ``scale`` and
 ``aux`` (the minimum, the zero point, or 0 where the rule has only a scale). Each function sends a tile to the
 rule of its KIND, which stands beside the reference of that rule.
 
@@ -13,33 +17,39 @@ import math
 
 import torch
 
-from .._triton import abs_bits, tl, triton
+from .._triton import largest, shifted, tl, triton, unshifted
 from .base import Format
 from .codebook import (
     codebook_fit,
+    codebook_inverse,
+    codebook_inverse_width,
     codebook_level,
     codebook_level_of_code,
     codebook_position,
     codebook_rank,
     codebook_width,
+    entry_at,
 )
-from .gguf import gguf_position, gguf_rank, q4_0_fit, q4_1_fit, through_fp16
+from .gguf import gguf_position, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
+    is_far,
     minmax_fit,
-    minmax_rank,
+    minmax_position,
+    near_reciprocal,
     symmetric_fit,
     symmetric_position,
-    symmetric_rank,
     zero_point_fit,
-    zero_point_rank,
+    zero_point_position,
     zero_point_value,
 )
 from .microscaling import (
-    e2m1_bucket,
     e2m1_code,
+    e2m1_inverse_width,
     e2m1_level,
+    e2m1_place,
     e2m1_width,
     mx_fit,
+    mx_inverse,
     mx_position,
     mx_unit,
     nvfp4_fit,
@@ -75,9 +85,9 @@ def strided(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int | None, ...]]:
     return w, (*absent, *strides, *[None, None, *sizes[1:]][-2:])
 
 
-def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...]) -> dict:
+def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...], parts: int = 1) -> dict:
     """How a kernel covers n weights: BLOCK_GROUPS groups of GROUP_SIZE weights, padded to BLOCK_SIZE, a
-    program.
+    program, each in BLOCK_PARTS.
 
     ``tile`` is the number of weights that a program aims at. A whole-tensor group is walked in rows of
     ``tile``, or of what divides both that and the innermost dimension of the ``layouts`` that ``strided`` gave.
@@ -88,13 +98,18 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
     if per_tensor and size < 64:
         size = tile
     padded = 1 << (size - 1).bit_length()
+    block_groups = max(tile // padded, 1)
+    # All chunks of a thread are in one group anyway where a program has only one; its registers are then short.
+    parts = min(parts, max(padded // 8, 1)) if block_groups > 1 or per_tensor else 1
     return {
         "PER_TENSOR": per_tensor,
         "HAS_SHORT": n % size != 0,
+        "FULL": padded == size and n % (size * block_groups) == 0,
         "IN_ROWS": innermost % size == 0,
         "GROUP_SIZE": size,
-        "BLOCK_GROUPS": max(tile // padded, 1),
+        "BLOCK_GROUPS": block_groups,
         "BLOCK_SIZE": padded,
+        "BLOCK_PARTS": parts,
     }
 
 
@@ -105,12 +120,56 @@ def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
 
 
 @triton.jit
-def tile_offsets(tile, n, GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(group numbers [BLOCK_GROUPS, 1], offsets of their weights and mask [BLOCK_GROUPS, BLOCK_SIZE]); int64."""
-    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
-    column = tl.arange(0, BLOCK_SIZE)[None, :]
+def tile_groups(tile, BLOCK_GROUPS: tl.constexpr):
+    """Group numbers [1, BLOCK_GROUPS, 1], int64."""
+    return tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :, None]
+
+
+@triton.jit
+def _row_column(GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Places in a group, [rows, PART]: the first parts of all groups, then the second."""
+    return tl.arange(0, PARTS * BLOCK_GROUPS)[:, None] // BLOCK_GROUPS * PART + tl.arange(0, PART)[None, :]
+
+
+@triton.jit
+def tile_offsets(
+    tile,
+    n,
+    FULL: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """(group numbers [rows, 1], offsets of their weights and mask [rows, BLOCK_SIZE // BLOCK_PARTS]); int64, with a row
+    for a part of a group. ``in_parts`` makes the tile of what is loaded: compilers differ in how they lay out three
+    dimensions.
+
+    FULL: every tile is full of weights, and the compiler drops the mask.
+    """
+    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_PARTS * BLOCK_GROUPS)[:, None] % BLOCK_GROUPS
+    column = _row_column(GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS, BLOCK_PARTS)
     offsets = group * GROUP_SIZE + column
-    return group, offsets, (column < GROUP_SIZE) & (offsets < n)
+    if FULL:
+        mask = tl.full(offsets.shape, 1, tl.int1)
+    else:
+        mask = (column < GROUP_SIZE) & (offsets < n)
+    return group, offsets, mask
+
+
+@triton.jit
+def in_parts(x, BLOCK_PARTS: tl.constexpr):
+    return x.reshape(BLOCK_PARTS, x.shape[0] // BLOCK_PARTS, x.shape[1])
+
+
+@triton.jit
+def tile_mask(mask, FULL: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """The mask of ``tile_offsets`` in the shape of the tile."""
+    if FULL:
+        mask = tl.full((BLOCK_PARTS, mask.shape[0] // BLOCK_PARTS, mask.shape[1]), 1, tl.int1)
+    else:
+        mask = in_parts(mask, BLOCK_PARTS)
+    return mask
 
 
 @triton.jit
@@ -124,7 +183,8 @@ def tile_addresses(
     size_2,
     IN_ROWS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     """Where the elements ``offsets`` of the flattened tensor lie, from what ``strided`` gave; int64.
 
@@ -139,7 +199,8 @@ def tile_addresses(
         if IN_ROWS:
             groups_in_row = size_2 // GROUP_SIZE
             row = group // groups_in_row
-            column = group % groups_in_row * GROUP_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+            column = group % groups_in_row * GROUP_SIZE
+            column += _row_column(GROUP_SIZE, BLOCK_GROUPS, offsets.shape[1], BLOCK_PARTS)
         else:
             row = offsets // size_2
             column = offsets % size_2
@@ -152,93 +213,114 @@ def tile_addresses(
 
 
 @triton.jit
-def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.constexpr):
-    """(scale, aux), each [groups, 1]; masked lanes of x hold 0."""
-    absmax = tl.max(abs_bits(x), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-    aux = tl.zeros_like(absmax)
-    if KIND == "codebook":
-        scale = codebook_fit(absmax, short)
-    elif KIND == "symmetric":
-        scale = symmetric_fit(absmax, dtype, RULE)
-    elif KIND == "zero_point" or KIND == "zero_point_fp16":
-        scale, aux = zero_point_fit(x, mask, absmax, dtype, RULE)
-    elif KIND == "q4_0":
-        scale = q4_0_fit(x, absmax)
+def tile_fit(x, mask, short, of_tensor, dtype, KIND: tl.constexpr, RULE: tl.constexpr, HAS_SHORT: tl.constexpr):
+    """(scale, aux, whether all weights are zero), each [1, groups, 1]; masked lanes of x hold 0."""
+    if KIND == "zero_point" or KIND == "zero_point_fp16":
+        scale, aux, is_zero = zero_point_fit(x, mask, dtype, RULE)
     elif KIND == "q4_1":
-        scale, aux = q4_1_fit(x, mask, absmax)
-    elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
-        scale = mx_fit(absmax, KIND)
-    elif KIND == "nvfp4":
-        scale, aux = nvfp4_fit(absmax, of_tensor)
+        scale, aux, is_zero = q4_1_fit(x, mask)
+    elif KIND == "minmax":
+        scale, aux, is_zero = minmax_fit(x, mask)
     else:
-        tl.static_assert(KIND == "minmax")
-        scale, aux = minmax_fit(x, mask, absmax)
-    return scale, aux
+        absmax = largest(tl.abs(x))
+        aux = tl.zeros_like(absmax)
+        is_zero = absmax == 0
+        if KIND == "codebook":
+            scale = codebook_fit(absmax, short, HAS_SHORT)
+        elif KIND == "symmetric":
+            scale = symmetric_fit(absmax, dtype, RULE)
+        elif KIND == "q4_0":
+            scale = q4_0_fit(x, absmax)
+        elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
+            scale = mx_fit(absmax, KIND)
+        else:
+            tl.static_assert(KIND == "nvfp4")
+            scale, aux = nvfp4_fit(absmax, of_tensor)
+    return scale, aux, is_zero
 
 
 @triton.jit
-def tile_position(x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.constexpr, HAS_SHORT: tl.constexpr):
+def tile_position(
+    x, scale, aux, short, dtype, KIND: tl.constexpr, RULE: tl.constexpr, HAS_SHORT: tl.constexpr, OWN: tl.constexpr
+):
+    """OWN: x is among the weights that the parameters were fitted to."""
     if KIND == "codebook":
-        pos = codebook_position(x, scale, short, HAS_SHORT)
+        pos = codebook_position(x, scale, short, HAS_SHORT, OWN)
     elif KIND == "symmetric":
-        pos = symmetric_position(x, scale, dtype, RULE)
+        pos = symmetric_position(x, scale, dtype, RULE, OWN)
     elif KIND == "zero_point" or KIND == "zero_point_fp16":
-        pos = zero_point_rank(x, scale, aux, dtype, RULE)
+        pos = zero_point_position(x, scale, aux, dtype, RULE, OWN)
     elif KIND == "q4_0":
-        pos = gguf_position(x, scale)
+        pos = gguf_position(x, scale, 8.0, OWN)
     elif KIND == "q4_1":
-        pos = gguf_position(x - aux, scale)
+        pos = gguf_position(x - aux, scale, 0.0, OWN)
     elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
-        pos = mx_position(x, scale, KIND)
+        pos = mx_position(x, scale, KIND, OWN)
     elif KIND == "nvfp4":
         pos = nvfp4_position(x, scale, aux)
     else:
         tl.static_assert(KIND == "minmax")
-        pos = tl.div_rn(x - aux, tl.broadcast_to(scale, x.shape))
+        pos = minmax_position(x, scale, aux, dtype, OWN)
     return pos
 
 
 @triton.jit
-def _uniform_rank(pos, KIND: tl.constexpr):
-    """The bucket of a uniform recipe as fp32, 0 to 15."""
-    if KIND == "symmetric":
-        rank = symmetric_rank(pos)
-    elif KIND == "zero_point" or KIND == "zero_point_fp16":
-        rank = pos
-    elif KIND == "q4_0":
-        rank = gguf_rank(pos, 8.0)
-    elif KIND == "q4_1":
-        rank = gguf_rank(pos, 0.0)
-    else:
-        tl.static_assert(KIND == "minmax")
-        rank = minmax_rank(pos)
-    return rank
+def _uniform_rank(pos, aux, KIND: tl.constexpr, LEVELS: tl.constexpr):
+    """The bucket of a uniform recipe, int32, 0 to 15; converting a number would take four times as long."""
+    if KIND == "zero_point" or KIND == "zero_point_fp16":
+        pos = pos + (aux - LEVELS[0])
+    elif KIND == "symmetric" or KIND == "q4_0":
+        pos = pos - LEVELS[0]
+    return pos.to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
-def tile_entry(pos, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, COLUMN: tl.constexpr):
+def tile_entry(
+    pos,
+    aux,
+    table_ptr,
+    KIND: tl.constexpr,
+    RULE: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    COLUMN: tl.constexpr,
+):
     """The int32 that stands in that column by rank, where it is None the rank itself; in E2M1 the code."""
     if THRESHOLDS is None:
         number = e2m1_code(pos)
     elif len(THRESHOLDS):
         number = codebook_rank(pos, table_ptr, RULE)
         if COLUMN is not None:
-            number = tl.load(table_ptr + COLUMN + number)
+            number = entry_at(table_ptr + COLUMN, number)
     else:
-        number = _uniform_rank(pos, KIND).to(tl.int32)
+        number = _uniform_rank(pos, aux, KIND, LEVELS)
     return number
 
 
 @triton.jit
 def tile_bucket(
-    pos, scale, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, BUCKETS: tl.constexpr
+    pos,
+    scale,
+    aux,
+    table_ptr,
+    KIND: tl.constexpr,
+    RULE: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BUCKETS: tl.constexpr,
 ):
-    """The bucket's place on the number line."""
+    """The bucket's place on the number line, but for a number that all buckets have in common."""
     if THRESHOLDS is None:
-        bucket = e2m1_bucket(pos)
+        bucket = e2m1_place(pos)
+    elif len(THRESHOLDS):
+        bucket = tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
     else:
-        bucket = tile_entry(pos, table_ptr, KIND, RULE, THRESHOLDS, BUCKETS)
-    return tl.where(scale < 0, 16 - bucket, bucket) if KIND == "q4_0" else bucket
+        bucket = pos.to(tl.int32, bitcast=True)
+        if KIND == "q4_0":
+            bucket = tl.where(scale < 0, 0x4B400000 - bucket, bucket - 0x4B400000)
+        elif KIND == "zero_point" or KIND == "zero_point_fp16":
+            bucket += shifted(aux).to(tl.int32, bitcast=True)
+    return bucket
 
 
 @triton.jit
@@ -259,7 +341,7 @@ def tile_scaled(level, scale, aux, KIND: tl.constexpr):
     """What a level stands for in groups of these parameters, in fp32 and not yet rounded to the model's
     dtype."""
     if KIND == "zero_point" or KIND == "zero_point_fp16":
-        value = zero_point_value(level, scale, aux, KIND == "zero_point_fp16")
+        value = zero_point_value(level - aux, scale, KIND == "zero_point_fp16")
     elif KIND == "minmax":
         value = aux + level * scale
     elif KIND == "q4_0":
@@ -279,24 +361,56 @@ def tile_value(
 ):
     """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
     if THRESHOLDS is None:
-        level = pos
+        value = tile_scaled(pos, scale, aux, KIND)
     elif len(THRESHOLDS):
-        level = codebook_level(codebook_rank(pos, table_ptr, RULE), table_ptr)
+        value = tile_scaled(codebook_level(codebook_rank(pos, table_ptr, RULE), table_ptr), scale, aux, KIND)
+    elif KIND == "zero_point" or KIND == "zero_point_fp16":
+        value = zero_point_value(unshifted(pos), scale, KIND == "zero_point_fp16")
     else:
-        level = _uniform_rank(pos, KIND) + LEVELS[0]
-    return tile_scaled(level, scale, aux, KIND)
+        # Of the buckets of minmax-int4 the centre is half a step above the edge that they are numbered by.
+        value = tile_scaled(unshifted(pos) + LEVELS[0] if KIND == "minmax" else unshifted(pos), scale, aux, KIND)
+    return value
 
 
 @triton.jit
 def tile_step(
-    pos, scale, aux, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, WIDTHS: tl.constexpr
+    change,
+    pos,
+    scale,
+    aux,
+    table_ptr,
+    dtype,
+    KIND: tl.constexpr,
+    RULE: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    INVERSE_WIDTHS: tl.constexpr,
 ):
-    """The width of the bucket that the weight lies in."""
-    if THRESHOLDS is None:
-        unit = aux * scale if KIND == "nvfp4" else mx_unit(scale, KIND)
-        width = e2m1_width(pos, WIDTHS) * unit
-    elif len(THRESHOLDS):
-        width = codebook_width(codebook_rank(pos, table_ptr, RULE), table_ptr) * scale
+    """(the width of the bucket that the weight lies in, ``change`` in such widths).
+
+    The reciprocals are those that positions took: the compiler reckons them once.
+    """
+    unit = scale
+    if KIND == "codebook":
+        inverse = codebook_inverse(scale)
+    elif KIND == "q4_0" or KIND == "q4_1":
+        unit = tl.abs(scale)
+        inverse = tl.abs(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
+    elif KIND == "nvfp4":
+        unit = aux * scale
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), unit)
+    elif THRESHOLDS is None:
+        unit = mx_unit(scale, KIND)
+        inverse = mx_inverse(unit)
     else:
-        width = tl.broadcast_to(tl.abs(scale) if KIND == "q4_0" else scale, pos.shape)
-    return width
+        by, _, inverse = near_reciprocal(scale, is_far(dtype, RULE))
+        inverse *= by
+    steps = change * tl.minimum(inverse, 3.4028234663852886e38)
+    if THRESHOLDS is None:
+        unit = e2m1_width(pos, WIDTHS) * unit
+        steps *= e2m1_inverse_width(pos, INVERSE_WIDTHS)
+    elif len(THRESHOLDS):
+        rank = codebook_rank(pos, table_ptr, RULE)
+        unit = codebook_width(rank, table_ptr) * unit
+        steps *= codebook_inverse_width(rank, table_ptr)
+    return unit, steps

@@ -4,6 +4,10 @@ bf16: it stores bf16 as uint16. Its casts from fp32 truncate, where hardware rou
 arithmetic works on the bit patterns. Here casts round, tl.dot multiplies in fp32, and any other arithmetic in
 bf16 raises: kernels compute in fp32.
 
+fp32: its tl.fma rounds the product, too, where hardware rounds once. tl.maximum and tl.minimum give NaN where either
+operand is, before 3.9, where hardware gives the other one unless told to propagate NaN. A tl.reduce by a function of
+the kernel's own calls it once an element; here once a halving of the axis, in which order is as free as on a GPU.
+
 Bounds: it reads and writes any address, which is a segmentation fault at best. Here every access must lie
 inside the memory of a tensor that the launch was given.
 
@@ -72,6 +76,41 @@ def _repair_bf16() -> None:
     _Builder.binary_op = no_bf16(binary)
     _Builder.unary_op = no_bf16(unary)
     _Builder.create_dot = lambda self, a, b, *rest: dot(self, _to_fp32(a), _to_fp32(b), *rest)
+
+
+def _fma(x, y, z):
+    x, y, z = (np.asarray(handle.data) for handle in (x, y, z))
+    if x.dtype != np.float32:
+        raise TypeError(f"tl.fma: expected float32; got {x.dtype}")
+    z = z.astype(np.float64)
+    product = x.astype(np.float64) * y  # of 48 bits, so exact
+    total = product + z
+    rest = total - product
+    error = (product - (total - rest)) + (z - rest)
+    # Of the two neighbours of an inexact sum the odd one: rounded to fp32 it is the exact sum rounded once.
+    even = (total.view(np.int64) & 1) == 0
+    inexact = np.isfinite(total) & (error != 0) & even
+    total = np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return _Handle(total.astype(np.float32), tl.float32)
+
+
+def _repair_fp32() -> None:
+    _Builder.create_fma = lambda self, x, y, z: _fma(x, y, z)
+    _Builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    _Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    generic_reduce = interpreter.ReduceOps.generic_reduce
+
+    def by_halves(self, inputs):
+        if len(inputs) != 1 or self.axis is None:
+            return generic_reduce(self, inputs)
+        (value,) = inputs
+        data, dtype = value.handle.data, value.dtype
+        while data.shape[self.axis] > 1:
+            first, second = np.split(data, 2, axis=self.axis)
+            data = self.combine_fn.fn(self.to_tensor(first, dtype), self.to_tensor(second, dtype)).handle.data
+        return [self.to_tensor(data if self.keep_dims else data.squeeze(self.axis), dtype)]
+
+    interpreter.ReduceOps.generic_reduce = by_halves
 
 
 def _check_hints() -> None:
@@ -208,5 +247,6 @@ def install() -> None:
     # Otherwise every exception comes out as the text of an InterpreterError.
     knobs.compilation.front_end_debugging = True
     _repair_bf16()
+    _repair_fp32()
     _check_bounds()
     _check_hints()

@@ -1,6 +1,9 @@
 """The interpreter itself: what its repairs have to catch, they catch."""
 
+from fractions import Fraction
+
 import interpreter_repair
+import numpy as np
 import pytest
 import torch
 import triton
@@ -29,6 +32,59 @@ def _add_in_bf16_kernel(out_ptr, in_ptr, BLOCK: tl.constexpr):
 def _hint_kernel(out_ptr, shift, BLOCK: tl.constexpr):
     start = tl.multiple_of(out_ptr + shift, 16)
     tl.store(start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32))
+
+
+@triton.jit
+def _fma_kernel(out_ptr, x_ptr, y_ptr, z_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.fma(tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest_kernel(out_ptr, in_ptr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    x = tl.load(in_ptr + row[:, None] * BLOCK + column[None, :])
+    tl.store(out_ptr + row, tl.reduce(x, 1, _larger))
+    tl.store(out_ptr + ROWS + row, tl.sum(tl.maximum(tl.reduce(x, 1, _larger, keep_dims=True), 0.5), axis=1))
+
+
+def _rounded_once(x, y, z):
+    """x * y + z to the nearest fp32 number, ties to even, by fractions."""
+    exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+    guess = np.float32(float(exact))
+    near = (np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf)))
+    return min(near, key=lambda c: (abs(Fraction(float(c)) - exact), int(c.view(np.int32)) & 1))
+
+
+def test_fma_rounds_once():
+    generator = np.random.default_rng(0)
+    x, y = (generator.standard_normal((2, 1024)) * 2.0 ** generator.integers(-20, 20, (2, 1024))).astype(np.float32)
+    # What the product leaves, its halves and its neighbours: there rounding twice shows.
+    z = -(x * y)
+    z[256:512] *= np.float32(2**-24)
+    z[512:768] = np.nextafter(z[512:768], np.float32(0))
+    z[768:] = generator.standard_normal(256).astype(np.float32) * np.float32(2**25)
+    x[-4:], y[-4:], z[-4:] = 1e-30, 1e-10, 1e-38
+    out = torch.empty(1024)
+    _fma_kernel[(1,)](out, *map(torch.from_numpy, (x, y, z)), BLOCK=1024)
+    expected = np.array([_rounded_once(*row) for row in zip(x, y, z, strict=True)])
+    twice = x * y + z
+    assert (twice != expected).any()
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+def test_a_reduction_of_the_kernels_own_and_what_a_maximum_makes_of_nan():
+    x = torch.randn(4, 64) - 8
+    x[1, 17], x[2, 5] = torch.nan, torch.inf
+    out = torch.empty(8)
+    _largest_kernel[(1,)](out, x, ROWS=4, BLOCK=64)
+    torch.testing.assert_close(out[:4], x.amax(dim=1), rtol=0, atol=0, equal_nan=True)
+    assert out[4:].tolist() == [0.5, 0.5, torch.inf, 0.5]
 
 
 def test_a_wrong_hint_raises():

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,8 +31,9 @@ class Case:
         passes: how often the loads are done.
         decides_codes: whether the arithmetic has to be PyTorch's to the bit.
         warps: how many have to be resident on a multiprocessor to hide its latencies.
-        half_even: whether 1.5 * 2^23 is added and subtracted, which the compiler must not fold.
-        narrow: why accesses cannot be as wide as a thread's share, if they cannot.
+        half_even: whether 1.5 * 2^23 is added, which the compiler must not fold.
+        fused: how many multiply-adds an element has on purpose: each rounds once, as its source does.
+        narrow: {pointer: why its accesses cannot be as wide as a thread's share}, where they cannot.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Case:
     decides_codes: bool = True
     warps: int = 16
     half_even: bool = False
-    narrow: str = ""
+    fused: int = 0
+    narrow: dict[str, str] = field(default_factory=dict)
 
 
 def _weights_of_program(arguments: dict) -> int:
@@ -58,15 +60,25 @@ def _lanes_of_program(arguments: dict) -> int:
     return arguments["BLOCK_GROUPS"] * arguments["BLOCK_SIZE"]
 
 
-def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, str]]:
-    """(format, dtype's name, suffix of the case's name, weight, why accesses are narrow)."""
+def _fused(recipe, dtype: torch.dtype) -> int:
+    """Of the division by a group's scale, where it is exact in fp32 (``_quotient`` in formats/integer.py)."""
+    in_fp32 = (
+        dtype == torch.float32 or recipe.kind in ("minmax", "zero_point_fp16") or getattr(recipe, "in_fp32", False)
+    )
+    return 2 if in_fp32 and recipe.kind in ("minmax", "symmetric", "zero_point", "zero_point_fp16") else 0
+
+
+def _weights() -> Iterator[tuple[str, str, str, torch.Tensor, dict[str, str]]]:
+    """(format, dtype's name, suffix of the case's name, weight, where accesses are narrow and why)."""
     for format in (*FORMATS, "bnb-nf4@4096", "ct-int4-sym@96", "minmax-int4@128"):
         size = get_format(format).group_size or 1
         for name, dtype in DTYPES.items():
-            yield format, name, "", torch.zeros(96, 4096 + -4096 % size, dtype=dtype), ""
+            yield format, name, "", torch.zeros(96, 4096 + -4096 % size, dtype=dtype), {}
     nf4 = get_format("bnb-nf4").group_size
-    yield "bnb-nf4", "bf16", " short", torch.zeros(nf4 * 40 + 16, dtype=torch.bfloat16), ""
-    yield "bnb-nf4", "bf16", " odd", torch.zeros(nf4 * 40 + 7, dtype=torch.bfloat16), "each weight has its own mask"
+    bytewise = {"codes_ptr": "their number is no multiple of 16, so that each byte of codes has its own mask"}
+    yield "bnb-nf4", "bf16", " short", torch.zeros(nf4 * 40 + 16, dtype=torch.bfloat16), bytewise
+    alone = dict.fromkeys(("w_ptr", "w_q_ptr", "before_ptr", "after_ptr"), "each weight has its own mask")
+    yield "bnb-nf4", "bf16", " odd", torch.zeros(nf4 * 40 + 7, dtype=torch.bfloat16), alone | bytewise
 
 
 def weight_cases() -> Iterator[Case]:
@@ -74,6 +86,7 @@ def weight_cases() -> Iterator[Case]:
         recipe, size = get_format(format), w.element_size()
         common = {"elements": _weights_of_program, "lanes": _lanes_of_program, "narrow": narrow}
         half_even = recipe.kind in _HALF_EVEN
+        fused = _fused(recipe, w.dtype)
         name = f"{format} {dtype}{suffix}"
         yield Case(
             f"fake_quant {name}",
@@ -83,6 +96,7 @@ def weight_cases() -> Iterator[Case]:
             loads={"w_ptr": size},
             stores={"w_q_ptr": size},
             half_even=half_even,
+            fused=fused,
             **common,
         )
         yield Case(
@@ -93,6 +107,7 @@ def weight_cases() -> Iterator[Case]:
             loads={"w_ptr": size},
             stores={"codes_ptr": 0.5},
             half_even=half_even,
+            fused=fused,
             **common,
         )
         yield Case(
@@ -120,6 +135,7 @@ def weight_cases() -> Iterator[Case]:
                 # Two weights, two grids and the counters: it has more to keep, and hides latency in arithmetic.
                 warps=8,
                 half_even=half_even,
+                fused=2 * fused,
                 **common,
             )
 

@@ -73,7 +73,7 @@ class Code:
         resident: warps that a multiprocessor holds at once, as its registers, shared memory and slots allow.
         loads, stores: by pointer argument, {bits of one access: bytes of them in the program's text, over all threads}.
         inexact: instructions for a division, root or exponential that is not correctly rounded.
-        fused: multiply-adds that round once, where the source rounds twice.
+        fused: multiply-adds, which round once.
         flushed: whether arithmetic flushes subnormal numbers to zero.
         atomics: whether global memory is updated atomically.
         threads: in a program.
@@ -169,7 +169,7 @@ def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
         loads=loads,
         stores=stores,
         inexact=sorted(set(re.findall(r"\b\w+\.(?:full|approx)[.\w]*", ptx))),
-        fused=len(re.findall(r"\bfma\.rn", ptx)),
+        fused=len(re.findall(r"\bfma\.rn", ptx)) + len(re.findall(r"\bfma\.rn\S*\.f32x2", ptx)),
         # What floor flushes to 0 is a position in the lowest bucket either way.
         flushed=re.search(r"(?<!cvt\.rmi)\.ftz", ptx) is not None,
         atomics=re.search(r"\b(atom|red)\.", ptx) is not None,
@@ -202,6 +202,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
     divisions = count("v_div_fixup_f32")
     # With 0 as its third operand a mixed multiply-add is a product.
     multiply_adds = count(r"v_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32)\w*") - count(r"v_fma_mix\w* .*, 0")
+    multiply_adds += count(r"v_pk_(?:fma|mad)\w*_f(?:16|32)\w*")
     approximate = {name: count(rf"v_{name}_f\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log")}
     approximate["rcp"] -= divisions
     return Code(
