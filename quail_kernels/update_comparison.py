@@ -125,7 +125,7 @@ def _quantile(counts: list[int], edges: tuple[float, ...], share: float) -> floa
     return math.nan
 
 
-class _Tally:
+class _RecipeTally:
     """What one recipe's comparisons of chunks add up to, as Python numbers.
 
     Small tensors that outlive a chunk would each break a hole in the memory that the next one's large tensors take.
@@ -139,6 +139,10 @@ class _Tally:
         self._max_change = 0.0
         self._same_grid, self._own_grid = ({"same_value": 0, "code_distance": [0] * BINS} for _ in range(2))
         self._sizes = torch.zeros(_LAST_BIN - _FIRST_BIN + 1, dtype=torch.int64)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self._totals["sum_square_change"])
 
     def add(self, x: torch.Tensor, y: torch.Tensor, short: bool, change: Change) -> None:
         """One chunk, its groups as rows."""
@@ -189,12 +193,9 @@ class _Tally:
         self._sizes += torch.bincount(half_octaves.to(torch.uint8), minlength=len(self._sizes)).cpu()
         self._totals["sum_flip_law"] += in_steps.clamp_(max=1).sum(dtype=torch.float64).item()
 
-    def result(self, n: int, starts: bool, device: torch.device) -> UpdateComparison:
+    def result(self, n: int, groups: int, device: torch.device) -> UpdateComparison:
         totals = self._totals
-        groups = self.recipe.groups(n)
         if self.recipe.group_size is None:
-            # The group is counted with the block that starts the tensor: it is zero where all of the tensor is.
-            groups = groups if starts else 0
             totals["zero_groups"] = int(groups and all(end == 0 for ends in self._ranges for end in ends))
 
         def exact(number: int | list[int]) -> torch.Tensor:
@@ -227,6 +228,77 @@ def join_ranges(a: Range, b: Range) -> Range:
     return torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])
 
 
+class UpdateTally:
+    """``compare_updates`` of tensors that are read block by block; what it keeps between blocks is Python numbers.
+
+    Args:
+        formats, range_before, range_after: as of ``compare_updates``. Without ranges a recipe that looks at the tensor
+            takes the first block for it.
+    """
+
+    def __init__(self, formats: Sequence[str], range_before: Range | None = None, range_after: Range | None = None):
+        self._recipes = {format: get_format(format) for format in formats}
+        if (range_before is None) != (range_after is None):
+            raise ValueError("range_before, range_after: expected both or none; got one")
+        self._ranges = (range_before, range_after)
+        self._tallies: dict[str, _RecipeTally] = {}
+        self._weights, self._groups = 0, dict.fromkeys(self._recipes, 0)
+        self._device = torch.device("cpu")
+        sizes = [recipe.group_size for recipe in self._recipes.values() if recipe.group_size] or [1]
+        # Where the groups of all recipes start together.
+        self._period, self._common = math.lcm(*sizes), math.gcd(*sizes)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no weight was NaN or infinite so far, and no square of a change."""
+        return all(tally.is_finite for tally in self._tallies.values())
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, starts: bool = True) -> None:
+        """Compares one more block, as ``compare_update`` takes it."""
+        for recipe in self._recipes.values():
+            check_weight("before", before, recipe)
+        for name in ("shape", "dtype", "device"):
+            expected, got = getattr(before, name), getattr(after, name)
+            if expected != got:
+                raise ValueError(f"after: expected the {name} of before, {expected}; got {got}")
+        for name, w in (("before", before), ("after", after)):
+            if not w.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous block; got strides {w.stride()} of {tuple(w.shape)}")
+        n = before.numel()
+        if not self._tallies:
+            looks = n and any(recipe.looks_at_tensor for recipe in self._recipes.values())
+            if self._ranges[0] is None and looks:
+                self._ranges = tensor_range(before), tensor_range(after)
+            self._tallies = {name: _RecipeTally(recipe, *self._ranges) for name, recipe in self._recipes.items()}
+        self._weights, self._device = self._weights + n, before.device
+        for name, recipe in self._recipes.items():
+            # A group that is the whole tensor is counted with the block that starts it.
+            self._groups[name] += recipe.groups(n) if recipe.group_size is not None or starts else 0
+        self._add_chunks(before.detach().view(-1), after.detach().view(-1))
+
+    def _add_chunks(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        n = len(x)
+        period = self._period if self._period <= _LONGEST_PERIOD else n + 1
+        main = n // period * period
+        stride = chunk_size(period)
+        for start in range(0, main, stride):
+            chunk = slice(start, min(start + stride, main))
+            change = Change(x[chunk], y[chunk], self._common)
+            for tally in self._tallies.values():
+                tally.add(*(group_rows(w[chunk], tally.recipe, False) for w in (x, y)), False, change)
+        for tally in self._tallies.values():
+            for span, _, short in group_spans(n - main, tally.recipe):
+                rows = [group_rows(w[main:][span], tally.recipe, short) for w in (x, y)]
+                tally.add(*rows, short, Change(*rows, rows[0].shape[1]))
+
+    def results(self) -> dict[str, UpdateComparison]:
+        """By name, of the blocks so far; nothing of no block."""
+        return {
+            name: tally.result(self._weights, self._groups[name], self._device)
+            for name, tally in self._tallies.items()
+        }
+
+
 def compare_updates(
     before: torch.Tensor,
     after: torch.Tensor,
@@ -237,40 +309,9 @@ def compare_updates(
     starts: bool = True,
 ) -> dict[str, UpdateComparison]:
     """``compare_update`` for several formats, by name, which share what does not depend on the format."""
-    recipes = {format: get_format(format) for format in formats}
-    for recipe in recipes.values():
-        check_weight("before", before, recipe)
-    for name in ("shape", "dtype", "device"):
-        expected, got = getattr(before, name), getattr(after, name)
-        if expected != got:
-            raise ValueError(f"after: expected the {name} of before, {expected}; got {got}")
-    for name, w in (("before", before), ("after", after)):
-        if not w.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous block; got strides {w.stride()} of {tuple(w.shape)}")
-    if (range_before is None) != (range_after is None):
-        raise ValueError("range_before, range_after: expected both or none; got one")
-    n = before.numel()
-    if range_before is None and n and any(recipe.looks_at_tensor for recipe in recipes.values()):
-        range_before, range_after = tensor_range(before), tensor_range(after)
-    tallies = {format: _Tally(recipe, range_before, range_after) for format, recipe in recipes.items()}
-    x, y = before.detach().view(-1), after.detach().view(-1)
-    sizes = [recipe.group_size for recipe in recipes.values() if recipe.group_size] or [1]
-    # Where the groups of all recipes start together.
-    period, common = math.lcm(*sizes), math.gcd(*sizes)
-    if period > _LONGEST_PERIOD:
-        period = n + 1
-    main = n // period * period
-    stride = chunk_size(period)
-    for start in range(0, main, stride):
-        chunk = slice(start, min(start + stride, main))
-        change = Change(x[chunk], y[chunk], common)
-        for tally in tallies.values():
-            tally.add(*(group_rows(w[chunk], tally.recipe, False) for w in (x, y)), False, change)
-    for tally in tallies.values():
-        for span, _, short in group_spans(n - main, tally.recipe):
-            rows = [group_rows(w[main:][span], tally.recipe, short) for w in (x, y)]
-            tally.add(*rows, short, Change(*rows, rows[0].shape[1]))
-    return {format: tally.result(n, starts, before.device) for format, tally in tallies.items()}
+    tally = UpdateTally(formats, range_before, range_after)
+    tally.add(before, after, starts)
+    return tally.results()
 
 
 def compare_update(

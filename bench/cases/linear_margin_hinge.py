@@ -7,7 +7,8 @@ and outputs come nowhere near a copy's bandwidth; what it saves is memory.
 ``expected`` rounds the exact products to the dtype of the model, as every peer's logits are, and goes on in fp64.
 ``max_error`` is the largest of four errors: of the loss, relative; of the log-probabilities, in nats; and of the two
 gradients, the norm of the error relative to the norm. Tokens whose gradient errs by more than 1/32 of its norm count
-as different: where two logits are rounded apart, linf may take the other one for the farthest.
+as different: where two logits are rounded apart, linf may take the other one for the farthest. Liger's base class for
+distillation losses returns the mean of the log-probabilities only, and is judged by that.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from quail_kernels import linear_logit_margin_hinge
 
-from ..case import Case, Check, Peer
+from ..case import Case, Check, Peer, import_peer
 from ..models import GEMMA_2_9B, LLAMA_32_1B, SMOLLM2_135M, Model
 from .margin_hinge import MARGINS, hinge
 
@@ -91,6 +92,36 @@ def _chunked(options: dict, chunk: int, backend: str) -> Callable[..., tuple]:
     return step
 
 
+def _liger(options: dict, chunk: int) -> Peer:
+    """The hinge as the distillation loss of Liger's base class, which takes the log-probabilities for the hard loss."""
+
+    def build(inputs: tuple, backend: str) -> Callable[[], tuple]:
+        base = import_peer("liger_kernel.chunked_loss.fused_linear_distillation").LigerFusedLinearDistillationBase
+        hidden, weight, ref_hidden, ref_weight, labels = inputs
+        of_hinge = {name: value for name, value in options.items() if name != "softcap"}
+        compiled = {"chunk_size": chunk, "compiled": backend == "inductor", "return_soft_hard_loss": True}
+
+        class Hinge(base):
+            @staticmethod
+            def distillation_loss_fn(student_logits, teacher_logits, target, ignore_index, beta):
+                return hinge(student_logits, teacher_logits, target, **of_hinge).sum()
+
+            @classmethod
+            def forward(cls, ctx, *tensors):
+                # It takes no gradient of a weighted sum but of this one.
+                weights = {"weight_hard_loss": -1.0, "weight_soft_loss": _gamma(options["norm"], weight.shape[0])}
+                return base.forward(cls, ctx, *tensors, **weights, **compiled)
+
+        def step() -> tuple:
+            total, value, nll = Hinge.apply(hidden, weight, ref_hidden, ref_weight, labels)
+            grads = torch.autograd.grad(total, (hidden, weight))
+            return value.detach(), -nll.detach(), *grads[:2]
+
+        return step
+
+    return build
+
+
 def _peers(options: dict, chunk: int, compile: bool) -> dict[str, Peer]:
     norm, others = options["norm"], {name: value for name, value in options.items() if name != "norm"}
     peers = {
@@ -99,6 +130,8 @@ def _peers(options: dict, chunk: int, compile: bool) -> dict[str, Peer]:
     }
     if compile:
         peers["torch.compile"] = lambda inputs, backend: partial(_chunked(options, chunk, backend), *inputs)
+    if options["softcap"] is None:  # which Liger's class does not have
+        peers["liger"] = _liger(options, chunk)
     return peers
 
 
@@ -145,6 +178,8 @@ def _exact(inputs: tuple, softcap: float | None, **options) -> tuple[torch.Tenso
 def _check(inputs: tuple, expected: tuple, answer: tuple, peer: str, norm: str) -> Check:
     (loss, log_probs, *grads), (exact_loss, exact_log_probs, *exact_grads) = answer, expected
     loss_error = ((loss.double() - exact_loss).abs() / exact_loss.abs()).item()
+    if log_probs.dim() == 0:
+        exact_log_probs = exact_log_probs.mean()
     log_prob_error = (log_probs.double() - exact_log_probs).abs().max().item()
     grad_errors = []
     for grad, exact in zip(grads, exact_grads, strict=True):

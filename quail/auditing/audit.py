@@ -28,6 +28,7 @@ that looks at the whole tensor (``minmax-int4``, ``nvfp4``) has it read once mor
 and workers, not by the model.
 """
 
+import copy
 import math
 import os
 import re
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 from quail_kernels import get_format
 from quail_kernels.formats import WEIGHT_DTYPES, Format, check_shape
-from quail_kernels.update_comparison import Range, UpdateComparison, compare_updates, join_ranges
+from quail_kernels.update_comparison import Range, UpdateComparison, UpdateTally, join_ranges
 
 from .adapters import ADAPTER, ADAPTER_CONFIG, open_adapter
 from .checkpoints import INDEX, SINGLE, Checkpoint, Stored, Transposed, one_line, open_safetensors, some
@@ -67,7 +68,7 @@ DEFAULT_FORMATS = ("bnb-nf4", "bnb-fp4", "ct-int4-sym", "minmax-int4")
 
 _GRID_SHARE = 0.99
 _WINDOW, _SAMPLED_WEIGHTS = 32, 1 << 16
-_BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+_BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _MOST_WORKERS = 16
 _LAYER = re.compile(r"(?P<layer>(.*?\.)?\d+)\.(?P<module>.+)")
 
@@ -350,17 +351,15 @@ class _Run:
             return found
         try:
             ranges = self._ranges(pair) if any(recipe.looks_at_tensor for recipe in recipes.values()) else {}
+            tally = UpdateTally(list(recipes), **ranges)
             for starts, x, y in self._blocks(pair, recipes):
                 if starts:
                     found.windows, found.windows_of_few_values = _windows(x)
-                here = compare_updates(x, y, list(recipes), **ranges, starts=starts)
-                for name, comparison in here.items():
-                    so_far = found.comparisons.get(name)
-                    found.comparisons[name] = comparison if so_far is None else so_far + comparison
-                # Infinite or NaN where a weight is, and where squares overflow.
-                if not comparison.sum_square_change.isfinite():
+                tally.add(x, y, starts)
+                if not tally.is_finite:
                     self._refuse_broken(x, y)
                 self._tell(x.numel())
+            found.comparisons = tally.results()
         except _Broken as broken:
             return Found(pair.name, pair.weights, {}, {None: str(broken)})
         return found
@@ -379,7 +378,7 @@ class _Run:
         return Found(pair.name, pair.weights, {}, {None: reason}, Change(changed, total / pair.weights, largest))
 
     def _ranges(self, pair: _Pair) -> dict[str, Range]:
-        """The smallest and the largest weight of BEFORE and AFTER, as ``compare_updates`` wants them."""
+        """The smallest and the largest weight of BEFORE and AFTER, as ``UpdateTally`` wants them."""
         ranges = {}
         for _, x, y in self._blocks(pair, self._recipes):
             for name, w in (("range_before", x), ("range_after", y)):
@@ -445,7 +444,9 @@ class _Tally:
             self.tensors.append(Row(found.name, layer, module, format, 1, figures_of(comparison)))
             cell = (format, layer, module)
             tensors, so_far = self._cells.get(cell, (0, None))
-            self._cells[cell] = (tensors + 1, comparison if so_far is None else so_far + comparison)
+            # Not the comparison itself: small tensors of a worker would keep its arena from giving memory back.
+            sum_of_cell = copy.deepcopy(comparison) if so_far is None else so_far + comparison
+            self._cells[cell] = (tensors + 1, sum_of_cell)
         self._windows += found.windows
         self._windows_of_few_values += found.windows_of_few_values
 

@@ -7,9 +7,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import torch
-from quail_kernels.update_comparison import UpdateComparison
 
 from quail_kernels import BucketComparison
+from quail_kernels.update_comparison import UpdateComparison
 
 
 class Journal:

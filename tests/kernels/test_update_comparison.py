@@ -15,6 +15,7 @@ from quail_kernels.formats import WEIGHT_DTYPES, tensor_range
 from quail_kernels.update_comparison import (
     STEP_EDGES,
     UpdateComparison,
+    UpdateTally,
     compare_update,
     compare_updates,
     join_ranges,
@@ -130,12 +131,17 @@ def test_blocks_of_a_tensor_add_up_to_it(format, dtype):
         for row in w[1:]:
             whole = join_ranges(whole, tensor_range(row))
         ranges.append(whole)
-    blocks = [
-        compare_update(x, y, format, range_before=ranges[0], range_after=ranges[1], starts=i == 0)
-        for i, (x, y) in enumerate(zip(before.split([1, 2, 2, 4]), after.split([1, 2, 2, 4]), strict=True))
-    ]
-    total = blocks[0] + blocks[1] + blocks[2] + blocks[3]
-    assert_same_updates(total, compare_update(before, after, format), 1e-6)
+    blocks, tally = [], UpdateTally([format], *ranges)
+    for i, (x, y) in enumerate(zip(before.split([1, 2, 2, 4]), after.split([1, 2, 2, 4]), strict=True)):
+        blocks.append(compare_update(x, y, format, range_before=ranges[0], range_after=ranges[1], starts=i == 0))
+        tally.add(x, y, starts=i == 0)
+    whole = compare_update(before, after, format)
+    assert_same_updates(blocks[0] + blocks[1] + blocks[2] + blocks[3], whole, 1e-6)
+    assert_same_updates(tally.results()[format], whole, 1e-6)
+    assert tally.is_finite
+    after[-1, -1] = math.inf
+    tally.add(before[-1:], after[-1:], starts=False)
+    assert not tally.is_finite
 
 
 def test_a_tensor_of_zeros_in_blocks_is_one_group_of_zeros():
