@@ -1,7 +1,12 @@
-"""The README's section on performance, out of one results file: what was measured, where, and beside whom."""
+"""The README's section on performance, out of one results file: what was measured, where, and beside whom.
 
+The audits in bench/results/ follow it, each with the machine that it ran on.
+"""
+
+import json
 from pathlib import Path
 
+from . import results
 from .machine import ROOT
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
@@ -34,7 +39,35 @@ def section(document: dict, path: Path) -> str:
         "",
         f"From `{relative}`, which has every case; `python -m bench --readme {relative}` writes this section.",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + audits())
+
+
+def audits(folder: Path = results.FOLDER) -> list[str]:
+    """A table of the audits that ``python -m bench.audit`` measured; nothing where there are none."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("audit-*.json"))]
+    if not documents:
+        return []
+    lines = [
+        "",
+        "`quail audit` of a pair in bf16 (`python -m bench.audit`). Its bound is the time to read the files and to "
+        "count in memory, one after the other, by as many workers.",
+        "",
+        "| pair of the shape of | machine | recipes | GB | s | GB/s | time / bound | peak resident MB |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in documents:
+        cells = (
+            f"{row['model']}, {row['layers']} layers",
+            f"{row['machine']['cpu']}, {row['workers']} workers",
+            ", ".join(row["formats"]),
+            f"{row['bytes'] / 1e9:.1f}",
+            f"{row['audit_s']:.0f}",
+            f"{row['audit_gb_s']:.3f}",
+            f"{row['times_bound']:.2f}",
+            f"{row['peak_resident_bytes'] / 1e6:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def write(document: dict, path: Path, readme: Path = _README) -> None:
