@@ -97,6 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="only the first so many examples of each set")
     evaluate.add_argument("--json", metavar="FILE", help="also write every answer there")
     evaluate.set_defaults(run=_evaluate)
+
+    run = commands.add_parser("run", help="run a recipe: learn, unlearn by many methods, score at every precision")
+    run.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe of the package")
+    run.add_argument("--list", action="store_true", help="the recipes of the package")
+    run.add_argument("--out", metavar="RUN", help="the run's folder, new or to go on with (runs/RECIPE)")
+    run.add_argument("--quick", action="store_true", help="the recipe's short form")
+    run.add_argument("--seeds", metavar="LIST", help="instead of the recipe's, as 0,1,2")
+    run.add_argument("--only", metavar="GLOB", help="methods that fit, by name or as REGIME/METHOD")
+    run.add_argument("--data", metavar="FOLDER", help="where the recipe's data folder lies; default: $QUAIL_DATA")
+    run.add_argument("--budget-minutes", type=float, metavar="N", help="stop before a cell that would end later")
+    run.set_defaults(run=_run)
     return parser
 
 
@@ -254,6 +265,44 @@ def _evaluate(args) -> None:
             results.append(r.to_dict())
     if args.json:
         _write("json", args.json, json.dumps(results, indent=1))
+
+
+def _run(args) -> int:
+    from .experiments.recipe import RecipeError, about, find_recipe, load_recipe, packaged_recipes
+    from .experiments.runner import run
+
+    if args.list:
+        for name, path in packaged_recipes().items():
+            print(f"{name}: {about(path)}")
+        return 0
+    if args.recipe is None:
+        raise ValueError("recipe: expected a YAML file or the name of a recipe of the package (--list); got nothing")
+    if args.budget_minutes is not None and not args.budget_minutes > 0:
+        raise ValueError(f"budget-minutes: expected a number above 0; got {args.budget_minutes}")
+    try:
+        seeds = None if args.seeds is None else tuple(dict.fromkeys(int(seed) for seed in _names(args.seeds)))
+    except ValueError:
+        seeds = ()
+    if seeds is not None and (not seeds or min(seeds) < 0):
+        raise ValueError(f"seeds: expected integers of at least 0, as 0,1,2; got {args.seeds!r}")
+    try:
+        recipe = load_recipe(find_recipe(args.recipe), quick=args.quick)
+    except RecipeError as error:
+        for line in error.problems:
+            print(f"quail: {line}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    out = args.out or f"runs/{recipe.name}{'-quick' if args.quick else ''}"
+    outcome = run(
+        recipe,
+        out,
+        seeds=seeds,
+        only=args.only,
+        data=args.data,
+        budget_minutes=args.budget_minutes,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"{outcome.done} of {outcome.planned} cells done; results: {out}/RESULTS.json")
+    return 0
 
 
 def _names(text: str) -> tuple[str, ...]:
