@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights; default: as MODEL"
     )
+    unlearn.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank; saved merged")
     unlearn.add_argument("--max-length", type=int, default=512, help="tokens an example (%(default)s)")
     unlearn.set_defaults(run=_unlearn)
 
@@ -127,27 +128,22 @@ def _unlearn(args) -> None:
 def _unlearn_into(args, scratch: str) -> None:
     import torch
 
-    from .data import UnlearningDataset, encode, load_examples
+    from .data import load_examples, load_refusals
     from .models import load_for_training, refuse_to_overwrite, save_checkpoint
-    from .trainer import QuailConfig, QuailTrainer, deploy_weights_
+    from .trainer import QuailConfig, QuailTrainer, make_dataset
 
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
     retain = load_examples(args.retain) if args.retain else None
     config = QuailConfig(**_settings(args, scratch, retain is not None))
+    load_refusals(config.idk_answers)  # a file that cannot be read is said before a model is loaded
     stored = _stored_dtype(args.model)
     model, tokenizer = load_for_training(args.model)
-    dataset = UnlearningDataset(
-        encode(forget, tokenizer, args.max_length),
-        encode(retain, tokenizer, args.max_length) if retain else None,
-        config.seed,
-    )
+    dataset = make_dataset(config, tokenizer, forget, retain, args.max_length)
     trainer = QuailTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
-    if config.fake_quant:
-        deploy_weights_(model, config.fake_quant)
     dtype = getattr(torch, args.dtype) if args.dtype else stored
-    save_checkpoint(model.cpu(), tokenizer, out, dtype)
+    save_checkpoint(trainer.unlearned().cpu(), tokenizer, out, dtype)
     hinge = f"hinge margin {trainer.hinge_margin:.4g}" if config.gamma else "no hinge"
     print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps ({hinge}); saved {out} in {dtype}.")
 
@@ -184,6 +180,8 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
         if not equals:
             raise ValueError(f"--set: expected FIELD=VALUE; got {pair!r}")
         settings[field] = _number(yaml.safe_load(value))
+    if args.lora_rank is not None:
+        settings["lora_rank"] = args.lora_rank
     known = {field.name: field.type for field in dataclasses.fields(QuailConfig) if field.init}
     for field, value in settings.items():
         if field not in known:
