@@ -15,6 +15,7 @@ import contextlib
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 METHODS = ("gptq", "awq")
 FORMATS = ("ct-int4-sym", "ct-int4-asym")
@@ -85,7 +86,8 @@ def calibrate(
     }
     gptq = [GPTQModifier(block_size=128, dampening_frac=0.01, **options)]
     modifiers = gptq if method == "gptq" else [AWQModifier(n_grid=20), QuantizationModifier(**options)]
-    llmcompressor.oneshot(model=model, dataset=torch.utils.data.DataLoader(batches, batch_size=1), recipe=modifiers)
+    with _without_pinned_memory():
+        llmcompressor.oneshot(model=model, dataset=torch.utils.data.DataLoader(batches, batch_size=1), recipe=modifiers)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -96,6 +98,19 @@ def calibrate(
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_pinned_memory():
+    """llm-compressor 0.14 pins AWQ's cached activations for copies to a GPU where there is none, too, and fails."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.accelerator.is_available() or not hasattr(IntermediatesCache, "pin_memory"):
+        yield
+    else:
+        with mock.patch.object(IntermediatesCache, "pin_memory", lambda *args, **kwargs: None):
+            yield
 
 
 def _windows(tokenizer, texts: list[str], windows: int, length: int) -> list[dict]:
