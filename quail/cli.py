@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--forget", required=True)
     evaluate.add_argument("--retain")
     evaluate.add_argument("--text", help="a text file for perplexity; default: the embedded one")
+    evaluate.add_argument("--calibration", metavar="FILE", help="a text file, for the quantizers gptq:... and awq:...")
     evaluate.add_argument("--limit", type=int, help="only the first so many examples of each set")
     evaluate.add_argument("--json", metavar="FILE", help="also write every answer there")
     evaluate.set_defaults(run=_evaluate)
@@ -234,26 +235,24 @@ def _evaluate(args) -> None:
 
     from .data import load_examples
     from .evaluate import evaluate
-    from .models import QUANTIZERS, load_deployed, load_tokenizer
+    from .models import load_tokenizer
+    from .quantizers import check, deploy
 
     quantizers = _names(args.quantizers)
     for quantizer in quantizers or ("",):
-        if quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizers: expected some of {', '.join(QUANTIZERS)}; got {quantizer!r}")
+        check(quantizer)
     forget = load_examples(args.forget)[: args.limit]
     retain = load_examples(args.retain)[: args.limit] if args.retain else []
-    try:
-        source = Path(args.text) if args.text else resources.files("quail") / "sets" / "general_text.txt"
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{args.text}: expected a text file; got {error.strerror}") from None
+    embedded = resources.files("quail") / "sets" / "general_text.txt"
+    text = _text(args.text) if args.text else embedded.read_text(encoding="utf-8")
+    calibration = [_text(args.calibration)] if args.calibration else None
     results = []
     print("| model | quantizer | forget NLL | RgL | EM | retain NLL | RgL | EM | ppl |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in args.models:
         tokenizer = load_tokenizer(name)
         for quantizer in quantizers:
-            model = load_deployed(name, quantizer)
+            model = deploy(name, quantizer, calibration=calibration)
             r = evaluate(model, tokenizer, forget, retain, name=name, quantizer=quantizer, text=text)
             sides = [
                 f"{side.nll:.3f} | {side.rouge_l:.2f} | {side.exact:.2f}" if side else "- | - | -"
@@ -305,6 +304,13 @@ def _run(args) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: expected a text file; got {error.strerror}") from None
 
 
 def _refuse_to_overwrite(option: str, path: str | None) -> None:

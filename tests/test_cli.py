@@ -117,7 +117,7 @@ def bad_inputs(model, sets, tmp_path):
         "missing file": ((*unlearn, "--forget", tmp_path / "none.json"), "No such file"),
         "unknown loss": ((*unlearn, "--forget", forget, "--set", "forget_loss=sgd"), "forget_loss"),
         "wrong type": ((*unlearn, "--forget", forget, "--set", "learning_rate=fast"), "learning_rate: expected float"),
-        "no quantizer": (("evaluate", model, "--forget", forget, "--quantizers", ","), "expected some of"),
+        "no quantizer": (("evaluate", model, "--forget", forget, "--quantizers", ","), "expected one of"),
         "unknown field": ((*unlearn, "--forget", forget, "--set", "colour=red"), "colour"),
         "no such model": (("evaluate", tmp_path / "none", "--forget", forget), "expected"),
         "OUT taken": (
