@@ -13,7 +13,6 @@ from quail.evaluate import perplexity, score_answers
 from quail.inference import greedy, row_scores
 from quail.models import load_for_training, load_tokenizer, save_checkpoint
 from quail.quantizers import deploy
-from quail_kernels import fake_quant
 
 EXAMPLES = [Example("Question: a?\nAnswer:", " b c d"), Example("Question: a b c d e?\nAnswer:", " a")]
 

@@ -12,7 +12,15 @@ def recipe_file(tmp_path, tiny_checkpoint):
     folder = tmp_path / "data"
     folder.mkdir()
     letters = "abcdefghijklmnop"
-    rows = [{"question": f"{a} {b} ?", "answer": f"{b} {a} {a}"} for a, b in zip(letters, letters[1:], strict=False)]
+    rows = [
+        {
+            "question": f"{a} {b} ?",
+            "answer": f"{b} {a} {a}",
+            "paraphrased_answer": f"{a} {b} {a}",
+            "perturbed_answer": [f"{b} {b} {c}", f"{c} {c} {a}"],
+        }
+        for a, b, c in zip(letters, letters[1:], letters[2:], strict=False)
+    ]
     (folder / "forget01_perturbed.json").write_text(json.dumps(rows[:4]))
     (folder / "retain_perturbed.json").write_text(json.dumps(rows[4:12]))
     content = {

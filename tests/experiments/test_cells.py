@@ -92,9 +92,7 @@ def test_remains_of_a_killed_process_are_removed(tmp_path):
 
 def test_a_folder_of_someone_elses_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(
-        ValueError, match=r"out: expected a new folder or one of an earlier run; got .* holds thesis.tex"
-    ):
+    with pytest.raises(ValueError, match="out: expected a new folder or one of .* run; got .* holds thesis.tex"):
         Store(tmp_path)
     with pytest.raises(ValueError, match="out: expected a new folder"):
         Store(tmp_path / "thesis.tex")

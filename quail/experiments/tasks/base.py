@@ -92,9 +92,9 @@ class Task(ABC):
         """Rows that answer the forget set's prompts with refusals, for the losses ``idk`` and ``dpo``."""
         raise NotImplementedError(f"{self.name} has no refusals")
 
-    def summarize(self, examples: Mapping[str, list]) -> dict[str, float]:
-        """Figures of one set's half from those of its examples; by default their means."""
-        return {name: statistics.fmean(values) for name, values in examples.items()}
+    def summarize(self, name: str, examples: Mapping[str, list]) -> dict[str, float]:
+        """Figures of one half of the set ``name`` from those of its examples; by default their means."""
+        return {figure: statistics.fmean(values) for figure, values in examples.items()}
 
     def digests(self) -> dict[str, str]:
         """A digest of each data file that is read, and of the base model. Raises ValueError where one is missing."""
@@ -114,7 +114,7 @@ class Task(ABC):
                 name: {figure: values[number::2] for figure, values in figures.items()}
                 for name, figures in measured.examples.items()
             }
-            metrics = {name: self.summarize(figures) for name, figures in examples.items()}
+            metrics = {name: self.summarize(name, figures) for name, figures in examples.items()}
             if measured.model:
                 metrics["model"] = measured.model
             rows.append({"half": half, "metrics": metrics, "examples": examples})

@@ -1,6 +1,7 @@
 """What the tasks of causal language models share: prompts and completions, learned, forgotten, and asked for again."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ... import losses
 from ...data import QA_TEMPLATE, Example, collate, encode, load_examples, load_refusals, with_refusals
+from ...evaluate import perplexity, score_answers
 from ...models import load_for_training
 from .base import Measured, Task, evenly
 
@@ -110,33 +112,34 @@ class LanguageTask(Task):
             count += counted.sum().item()
         return {"exact": whole / len(rows), "token_accuracy": tokens / count}
 
-    def measure(self, model: nn.Module) -> Measured:
-        from ...evaluate import perplexity
+    @property
+    def retain_scored(self) -> list[Example]:
+        return evenly(self.retain, self.settings.retain_scored)
 
-        retain = evenly(self.retain, self.settings.retain_scored)
+    def measure(self, model: nn.Module) -> Measured:
+        """Of each example ``exact``, ``rouge_l`` (recall) and ``nll``; of the model its general perplexity."""
         examples, texts = {}, {}
-        for name, part in (("forget", self.forget), ("retain", retain)):
-            examples[name], texts[name] = self._asked(model, part)
+        options = {"batch_size": self.settings.score_batch, "max_length": self.settings.max_length}
+        for name, asked in (("forget", self.forget), ("retain", self.retain_scored)):
+            answers = score_answers(model, self.tokenizer, asked, **options)
+            examples[name] = {
+                "exact": [int(answer.exact) for answer in answers],
+                "rouge_l": [answer.rouge_l for answer in answers],
+                "nll": [answer.nll for answer in answers],
+            }
+            texts[name] = [answer.said for answer in answers]
         general = (resources.files("quail") / "sets" / "general_text.txt").read_text(encoding="utf-8")
         return Measured(examples, {"perplexity": perplexity(model, self.tokenizer, general[:_GENERAL])}, texts)
-
-    def _asked(self, model: nn.Module, examples: Sequence[Example]) -> tuple[dict[str, list], list[str]]:
-        from ...evaluate import score_answers
-
-        answers = score_answers(
-            model,
-            self.tokenizer,
-            examples,
-            batch_size=self.settings.score_batch,
-            max_length=self.settings.max_length,
-        )
-        figures = {
-            "exact": [int(answer.exact) for answer in answers],
-            "rouge_l": [answer.rouge_l for answer in answers],
-            "nll": [answer.nll for answer in answers],
-        }
-        return figures, [answer.said for answer in answers]
 
 
 def read_qa(path: Path) -> list[Example]:
     return load_examples(path, QA_TEMPLATE)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON array or JSON-lines file, as they are."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]

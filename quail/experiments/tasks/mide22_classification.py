@@ -8,11 +8,13 @@ accuracy on the forget set falls, to 1 / len(events) where nothing is left but c
 
 import importlib.util
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import f1_score
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -112,9 +114,10 @@ class Mide22Classification(Task):
         sides = {"forget": self.forget_rows, "retain": retain}
         return Measured({name: self._examples(model, rows) for name, rows in sides.items()}, {}, {})
 
-    def summarize(self, examples: Mapping[str, list]) -> dict[str, float]:
-        means = {name: sum(examples[name]) / len(examples[name]) for name in ("accuracy", "nll")}
-        return means | {"macro_f1": macro_f1(examples["label"], examples["predicted"])}
+    def summarize(self, name: str, examples: Mapping[str, list]) -> dict[str, float]:
+        means = {figure: statistics.fmean(examples[figure]) for figure in ("accuracy", "nll")}
+        macro_f1 = f1_score(examples["label"], examples["predicted"], average="macro", zero_division=0)
+        return means | {"macro_f1": float(macro_f1)}
 
     @torch.no_grad()
     def _examples(self, model: nn.Module, rows: Sequence[dict]) -> dict[str, list]:
@@ -131,14 +134,3 @@ class Mide22Classification(Task):
             found["predicted"] += predicted.tolist()
             found["label"] += labels.tolist()
         return found
-
-
-def macro_f1(labels: Sequence[int], predicted: Sequence[int]) -> float:
-    """The mean over the classes that occur in ``labels`` of 2 TP / (2 TP + FP + FN)."""
-    scores = []
-    for label in sorted(set(labels)):
-        pairs = list(zip(labels, predicted, strict=True))
-        hits = sum(a == label and b == label for a, b in pairs)
-        misses = sum((a == label) != (b == label) for a, b in pairs)
-        scores.append(2 * hits / (2 * hits + misses))
-    return sum(scores) / len(scores)

@@ -1,19 +1,22 @@
 """MUSE-News' questions about the news (Shi et al. 2024, https://arxiv.org/abs/2407.06460): KnowMem on both sets.
 
 A small model does not know the answers, so it learns both sets of questions first; MUSE's own target models know them
-(``learn: null``). Each question is asked after the benchmark's in-context examples where ``icl`` is set.
+(``learn: null``). KnowMem asks each question after the benchmark's in-context examples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ...data import Example, load_examples
-from .language import LanguageSettings, LanguageTask, read_qa
+from ...evaluate import score_knowmem
+from .base import Measured
+from .language import LanguageSettings, LanguageTask, read_qa, read_rows
 
 
 @dataclass(frozen=True)
 class Settings(LanguageSettings):
-    """``icl``: how many of the ten in-context examples stand before a question that is scored.
+    """``icl``: how many of the ten in-context examples KnowMem shows before a question.
 
     ``forget_texts`` and ``retain_texts``: files of the data folder to unlearn on instead of the questions, as MUSE has
     it (its articles, not part of the package); JSON with ``text``, or any layout of ``quail.data``."""
@@ -38,7 +41,7 @@ class MuseNewsKnowMem(LanguageTask):
         return own + [name for name in (self.settings.forget_texts, self.settings.retain_texts) if name]
 
     def sets(self):
-        return read_qa(self.data / "forget_qa.json"), read_qa(self.data / "retain_qa.json")
+        return self._file("forget_qa"), self._file("retain_qa")
 
     def prepare(self, tokenizer) -> None:
         super().prepare(tokenizer)
@@ -47,10 +50,19 @@ class MuseNewsKnowMem(LanguageTask):
         if self.settings.retain_texts:
             self.retain_rows = self._encoded(load_examples(self.data / self.settings.retain_texts))
 
-    def _asked(self, model, examples: Sequence[Example]):
-        if not self.settings.icl:
-            return super()._asked(model, examples)
-        side = "forget" if examples is self.forget else "retain"
-        shown = read_qa(self.data / f"{side}_qa_icl.json")[: self.settings.icl]
-        prefix = "".join(f"{example.prompt}{example.completion}\n\n" for example in shown)
-        return super()._asked(model, [Example(prefix + e.prompt, e.completion) for e in examples])
+    def measure(self, model: nn.Module) -> Measured:
+        """``knowmem`` beside the figures of the questions alone, without examples before them."""
+        measured = super().measure(model)
+        for name, examples in (("forget", self.forget), ("retain", self.retain_scored)):
+            rows = {e.prompt: row for e, row in zip(self._file(f"{name}_qa"), self._rows(f"{name}_qa"), strict=True)}
+            shots = self._rows(f"{name}_qa_icl")[: self.settings.icl]
+            asked = [rows[example.prompt] for example in examples]
+            scores = score_knowmem(model, self.tokenizer, asked, shots, batch_size=self.settings.score_batch)
+            measured.examples[name]["knowmem"] = scores.f1.per_example.tolist()
+        return measured
+
+    def _file(self, name: str) -> list[Example]:
+        return read_qa(self.data / f"{name}.json")
+
+    def _rows(self, name: str) -> list[dict]:
+        return read_rows(self.data / f"{name}.json")
