@@ -60,12 +60,13 @@ def load_stored(checkpoint: str | os.PathLike, dtype: torch.dtype, auto) -> PreT
     from transformers import CompressedTensorsConfig
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            return load(checkpoint, dtype, auto, quantization_config=CompressedTensorsConfig(dequantize=True))
+        options = CompressedTensorsConfig(dequantize=True)
     except ImportError:
         expected = "the library compressed-tensors (pip install compressed-tensors)"
         raise ValueError(f"{checkpoint}: expected {expected}; got none") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return load(checkpoint, dtype, auto, quantization_config=options)
 
 
 def _python(quantizer: str) -> str:

@@ -62,6 +62,12 @@ def test_a_compressed_checkpoint_is_loaded_dequantized(tiny_checkpoint, packed):
             deploy(packed, quantizer, calibration=TEXTS)
 
 
+def test_without_compressed_tensors_it_is_said_what_to_install(packed, monkeypatch):
+    monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
+    with pytest.raises(ValueError, match="packed: expected the library compressed-tensors .*; got none$"):
+        deploy(packed, "none")
+
+
 def test_without_the_library_it_is_said_what_to_install(tiny_checkpoint, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

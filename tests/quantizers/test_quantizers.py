@@ -15,6 +15,7 @@ from torchao.quantization.quant_primitives import (
 from torchao.quantization.quantize_.workflows import Int8Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -288,6 +289,13 @@ def test_no_checkpoint_is_one_line(tmp_path):
         with pytest.raises(ValueError, match="nothing: expected a model's folder or hub name; got ") as caught:
             deploy(tmp_path / "nothing", quantizer)
         assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_such_a_head_is_one_line(tiny_checkpoint):
+    for quantizer in ("bnb-nf4", "none"):
+        with pytest.raises(ValueError, match="AutoModelForMaskedLM|AutoModel") as caught:
+            deploy(tiny_checkpoint, quantizer, auto=AutoModelForMaskedLM)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(("quantizer", "module"), [("gguf-q4_0", "gguf"), ("torchao-int8", "torchao.quantization")])
