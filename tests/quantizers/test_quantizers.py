@@ -215,6 +215,7 @@ def test_a_gguf_file_is_one_that_gguf_reads(tmp_path):
     [
         ("int3", "expected one of none, bnb-nf4, bnb-nf4-dq, .*rtn:FORMAT, gptq:FORMAT or awq:FORMAT; got 'int3'"),
         ("", "expected one of none"),
+        (None, "expected one of none"),
         ("bnb-nf4@64", "expected one of none"),
         ("torchao-int4@256", "expected torchao-int4@32, torchao-int4@64, torchao-int4@128; got 'torchao-int4@256'"),
         ("torchao-int8@32", "expected torchao-int4@32"),
