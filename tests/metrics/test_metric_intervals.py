@@ -119,6 +119,8 @@ def test_resamples_without_forgetting_count_beyond_both_ends():
     assert found.reason is None and 0 < found.unbounded < 0.025
     assert 0 < found.low < found.value < found.high
     assert found.high > 3 * found.value
+    mirrored = recovery(np.full((1, 20), -0.1), unlearned, gone)
+    assert (mirrored.low, mirrored.value, mirrored.high) == (-found.high, -found.value, -found.low)
 
 
 @pytest.mark.parametrize("arm", [0, 1, 2])
