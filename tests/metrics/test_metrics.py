@@ -45,6 +45,9 @@ def test_a_classifier_that_broke_is_never_right():
     p[0] = np.nan
     found = classification(p, y)
     assert found.accuracy.per_example[0] == 0 and found.predicted[0] == -1
+    wrong = np.where(np.arange(60) == 0, 1 - y, p.argmax(1))  # of two classes, not right is the other
+    recalls = [[np.mean(guess[y == c] == c) for c in (0, 1)] for guess in (wrong, found.predicted)]
+    assert recalls[0] == recalls[1] and f1_score(y, wrong, average="macro") < found.macro_f1 < 1
     assert np.isnan(found.auc.value) and np.isnan(found.nll.value)
     assert found.nll.to_dict()["value"] is None and found.nll.to_dict()["per_example"][0] is None
 
