@@ -182,8 +182,12 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
     if layers:
         # As many recipes as leave room for the names of layers.
         shown, room = [], _COLUMNS - 4
+        texts = {
+            cell: f"{_decibels(found.output_snr_median)}/{_decibels(found.output_snr_min)}"
+            for cell, found in rows.items()
+        }
         for format in figures:
-            column = max(len(format), len("-12.3/-12.3")) + 3
+            column = max(len(format), *(len(text) for (_, of), text in texts.items() if of == format), 1) + 3
             if room - column >= 15:
                 shown.append(format)
                 room -= column
@@ -199,15 +203,7 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
         yield from _table(
             ("layer", *shown),
             [
-                (
-                    _elide(name, room),
-                    *(
-                        f"{_decibels(found.output_snr_median)}/{_decibels(found.output_snr_min)}"
-                        if (found := rows.get((name, format)))
-                        else "-"
-                        for format in shown
-                    ),
-                )
+                (_elide(name, room), *(texts.get((name, format), "-") for format in shown))
                 for name in (least[:_LISTED] if len(layers) > _LISTED else layers)
             ],
         )
