@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 p.verdict { border-left: 4px solid #0969da; padding: .2rem 1rem; max-width: 52rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
-dt, .note { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
+dt, .note { color: var(--faint) } .note { overflow-wrap: anywhere } dd { margin: 0; overflow-wrap: anywhere }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
@@ -28,6 +28,7 @@ table.heat td, table.heat th { border: 0; padding: .15rem .5rem; text-align: cen
 table.heat td:first-child { text-align: left }
 td.none { background: var(--cell) }
 .legend { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .5rem 0 }
+.legend span { white-space: nowrap }
 .bar { width: 12rem; height: .8rem; border-radius: 2px }
 """
 # From nothing delivered to all of it, or from noise to signal; legible for the colour-blind: dark blue is all.
@@ -46,6 +47,8 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{_STYLE}</style>"
     yield "<h1>Audit in 4 bits</h1>"
+    if report.calibration is not None:
+        yield from _outputs(report.calibration)
     yield f'<p class="verdict">{escape(report.verdict)}</p>'
     yield "<dl>"
     for term, text in (
@@ -56,9 +59,9 @@ def _lines(report: AuditReport) -> Iterator[str]:
     ):
         yield f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>"
     yield "</dl>"
-    if report.calibration is not None:
-        yield from _outputs(report.calibration)
     yield from _totals(report)
+    if report.calibration is not None:
+        yield from _output_maps(report.calibration)
     yield from _heat_maps(report)
     yield from _unquantized(report)
     yield from _left_out(report)
@@ -130,7 +133,10 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
         "and tensors. Median, least: of the tensors. Flip law: what it expects of weights shipped in 16 bits. Share: "
         "of dw x, what arrives along its direction.</p>"
     )
-    yield "<h3>Signal to noise in dB, by layer and module</h3>"
+
+
+def _output_maps(calibration: Calibration) -> Iterator[str]:
+    yield "<h2>Signal to noise in the outputs in dB, by layer and module</h2>"
     yield from _legend(
         f"{_LOWEST_DB} dB", f"{_HIGHEST_DB} dB; lost: nothing arrives, the noise is the update itself; -: no update"
     )
@@ -149,8 +155,8 @@ def _heat_maps(report: AuditReport) -> Iterator[str]:
 def _legend(low: str, high: str) -> Iterator[str]:
     colors = ", ".join(_color(i / 4) for i in range(5))
     yield (
-        f'<div class="legend">{low} <div class="bar" style="background: linear-gradient(90deg, {colors})"></div> '
-        f"{high}</div>"
+        f'<div class="legend"><span>{low}</span> <div class="bar" style="background: linear-gradient(90deg, {colors})">'
+        f"</div> {high}</div>"
     )
 
 
@@ -202,7 +208,7 @@ def _output_cell(layer: str, module: str, figures: OutputFigures | None) -> str:
     lost = figures.output_snr == 1 and figures.output_share == 0
     share = 0.0 if lost else (figures.output_snr_db - _LOWEST_DB) / (_HIGHEST_DB - _LOWEST_DB)
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
-    text = "lost" if lost else f"{figures.output_snr_db:.0f}"
+    text = "lost" if lost else str(round(figures.output_snr_db))
     return f'<td style="background: {_color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
 
 
