@@ -20,24 +20,35 @@ NOISES = Literal["uniform", "gaussian"]
 
 
 def deployed_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that a deployment in 4 bits quantizes, by name: those that transformers gives bitsandbytes.
+    """The linear layers that a deployment in 4 bits quantizes, by name: those that ``quantizers.deploy`` does.
 
-    All but the output head and, in a model of transformers, a layer whose weight is the last parameter: the ``score``
-    of a Llama classifier is left alone, the ``classifier`` of a BERT, whose bias comes last, is not. Raises ValueError
-    where none is left.
+    All but the output head, ``head_modules`` and, in a model of transformers, a layer whose weight is the last
+    parameter. Raises ValueError where none is left.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inner, last = innermost(model), None
+    inner, last, kept = innermost(model), None, {head}
     if isinstance(inner, PreTrainedModel):
         *_, last = inner.parameters()
+        kept |= {module for name in head_modules(inner) for module in inner.get_submodule(name).modules()}
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not head and layer.weight is not last
+        if isinstance(layer, nn.Linear) and layer not in kept and layer.weight is not last
     }
     if not layers:
         raise ValueError(f"model: expected nn.Linear layers besides the head; got a {type(model).__name__} without")
     return layers
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """What a model without a vocabulary at its output, such as a sequence classifier, has besides its backbone.
+
+    transformers keeps a head from the quantizers that is tied, that is the output embedding, or whose last parameter
+    is a weight; a classifier with a bias is none of them.
+    """
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return []
+    return [name for name, child in model.named_children() if child is not model.base_model]
 
 
 @contextlib.contextmanager

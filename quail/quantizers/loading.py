@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..models import default_device, from_pretrained
+from ..weights import head_modules
 
 
 def load(checkpoint: str | os.PathLike, dtype: torch.dtype, auto, **options) -> PreTrainedModel:
@@ -41,17 +42,6 @@ def skeleton(config: PretrainedConfig, auto) -> PreTrainedModel:
             return auto.from_config(config)
     except ValueError:  # with the hundreds of configurations that it knows
         raise ValueError(f"auto: expected a class that knows {config.model_type}; got {auto.__name__}") from None
-
-
-def head_modules(model: PreTrainedModel) -> list[str]:
-    """What a model without a vocabulary at its output, such as a sequence classifier, has besides its backbone.
-
-    transformers keeps a head from the quantizers that is tied, that is the output embedding, or whose last parameter
-    is a weight; a classifier with a bias is none of them.
-    """
-    if model.get_output_embeddings() is not None or model.base_model is model:
-        return []
-    return [name for name, child in model.named_children() if child is not model.base_model]
 
 
 def quantized_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
