@@ -237,6 +237,7 @@ class QuailTrainer(Trainer):
     Attributes:
         hinge_margin: the hinge's margin, None without one.
         reference: where the original's logits come from, None where nothing asks for them.
+        fake_quant_formats: the recipes whose weights the training passes run on, one of them a step; empty without.
         floor: the ``updates.WeightFloor`` of ``floor_format``, None without one.
 
     Raises:
@@ -268,7 +269,7 @@ class QuailTrainer(Trainer):
             if getattr(train_dataset, "idk", ()) is None:
                 got = "a train_dataset without"
                 raise ValueError(f"forget_loss: expected refusals (idk) for {args.forget_loss!r}; got {got}")
-        self._formats = _check_weights(model, args)
+        self.fake_quant_formats = _check_weights(model, args)
         if args.trainable_params is not None:
             _train_only(model, args.trainable_params)
         if args.lora_rank is not None:
@@ -365,7 +366,7 @@ class QuailTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Around the backward pass, too: gradient checkpointing runs the forward pass again in it.
         args = self.args
-        if args.weight_noise == "none" and (args.fake_quant_on == "both" or not self._formats):
+        if args.weight_noise == "none" and (args.fake_quant_on == "both" or not self.fake_quant_formats):
             with fake_quantized(self.model, self._format()):
                 return super().training_step(model, inputs, num_items_in_batch)
         # Which weights a layer computes with must not change between its passes: each side has a backward pass.
@@ -378,9 +379,9 @@ class QuailTrainer(Trainer):
 
     def _format(self) -> str | None:
         """The format of this step; the same on all processes, and in a run that is resumed."""
-        if not self._formats:
+        if not self.fake_quant_formats:
             return None
-        return random.Random(f"{self.args.seed} {self.state.global_step}").choice(self._formats)
+        return random.Random(f"{self.args.seed} {self.state.global_step}").choice(self.fake_quant_formats)
 
     @contextlib.contextmanager
     def _forget_weights(self) -> Iterator[None]:

@@ -137,6 +137,8 @@ def gather(store: Store, cells: Sequence[Cell], described: dict) -> dict:
         training_of = {k: v for k, v in (made.get("outputs") or {}).items() if k != "trace"}
         seconds = {"score": record["seconds"], cell.parent.stage: made.get("seconds")}
         for row in record["outputs"]["rows"]:
+            if row["half"] == "validation":
+                row = {key: value for key, value in row.items() if key != "examples"}  # selection needs no intervals
             rows.append(
                 common | rounded(row, _DIGITS) | {"training": training_of, "seconds": seconds, "cell": cell.key}
             )

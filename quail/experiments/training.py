@@ -81,7 +81,7 @@ def unlearn(
     trainer.remove_callback(PrinterCallback)
     if config.fake_quant:
         # What is deployed has to have forgotten: of several grids, on each.
-        watch.formats = (None, *trainer._formats) if config.fake_quant == "mixed" else (config.fake_quant,)
+        watch.formats = (None, *trainer.fake_quant_formats) if config.fake_quant == "mixed" else (config.fake_quant,)
     trainer.train()
     model = trainer.unlearned()
     model.requires_grad_(True)

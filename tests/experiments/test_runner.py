@@ -74,7 +74,8 @@ def test_the_results_hold_every_row(small):
     }
     for row in rows:
         assert row["task"] == "tofu" and row["seed"] == 0
-        for name, figures in row["examples"].items():
+        assert ("examples" in row) == (row["half"] == "report")
+        for name, figures in row.get("examples", {}).items():
             assert set(figures) == {"exact", "rouge_l", "nll", "truth_ratio"}
             assert {len(values) for values in figures.values()} == {2}
             for figure in ("exact", "rouge_l", "nll"):
@@ -361,14 +362,15 @@ def test_a_classifier_goes_through_all_stages(recipe_file, tiny_encoder, tmp_pat
     )
     out = tmp_path / "run"
     run(load_recipe(path), out, say=lambda line: None)
-    rows = {(r["regime"], r["method"], r["quantizer"]): r for r in results(out)["rows"] if r["half"] == "validation"}
-    start, after = rows["16bit", None, "none"], rows["16bit", "GA+GDR", "none"]
+    rows = {(r["half"], r["method"], r["quantizer"]): r for r in results(out)["rows"]}
+    start, after = rows["validation", None, "none"], rows["validation", "GA+GDR", "none"]
     assert start["metrics"]["forget"]["accuracy"] == start["metrics"]["retain"]["accuracy"] == 1.0
     assert start["metrics"]["retain"]["macro_f1"] == 1.0
     assert after["training"]["reached"] and after["metrics"]["forget"]["accuracy"] <= 0.4
     # 6 false tweets of EN02, 8 of each other event; the odd half of the one, the even half of the other
-    assert len(start["examples"]["forget"]["nll"]) == 3 and len(start["examples"]["retain"]["nll"]) == 8
-    assert set(start["examples"]["forget"]["label"]) == {1} and set(start["examples"]["retain"]["label"]) == {0, 2}
+    examples = rows["report", None, "none"]["examples"]
+    assert len(examples["forget"]["nll"]) == 3 and len(examples["retain"]["nll"]) == 8
+    assert set(examples["forget"]["label"]) == {1} and set(examples["retain"]["label"]) == {0, 2}
 
 
 def test_the_command_prints_where_the_results_are(small, capsys):
