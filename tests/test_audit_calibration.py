@@ -174,6 +174,21 @@ def test_without_an_update_nothing_is_defined_and_a_whole_one_is_bounded():
     assert unheard.output_snr_db == -120 and unheard.output_cosine is None
 
 
+def test_an_update_that_the_inputs_cancel_has_no_negative_energy():
+    x = 1000 * torch.ones(200, 128)
+    inputs, below = inputs_of(x), 0
+    for seed in range(20):
+        before = torch.randn(1, 128, generator=torch.Generator().manual_seed(seed))
+        change = torch.randn(1, 128, generator=torch.Generator().manual_seed(seed + 100))
+        after = before + (change - change.mean())
+        a, b = inputs.images(after - before)
+        below += bool((a * b).sum() < 0)
+        sums = output_sums(inputs, before.view(-1), after.view(-1), {"bnb-nf4": get_format("bnb-nf4")}, {})["bnb-nf4"]
+        assert sums.signal >= 0 and sums.noise >= 0
+        figures_of([sums])
+    assert below, "no case in which rounding leaves less than nothing"
+
+
 def outputs_by_hand(model_class, before, after, texts, format, names):
     """(signal, noise) by weight, from the inputs that forward hooks see in the model as transformers loads it."""
     tokenizer = AutoTokenizer.from_pretrained(after)

@@ -139,7 +139,7 @@ def output_sums(
     width = inputs.width
     update = after.float() - before.float()
     a, b = inputs.images(update.view(-1, width))
-    signal = _inner(a, b)
+    signal = _energy(a, b)
     sums = {}
     for name, recipe in recipes.items():
         of = [
@@ -154,12 +154,17 @@ def output_sums(
         c, d = inputs.images(delivered.view(-1, width))
         sums[name] = OutputSums(
             signal=signal,
-            noise=_inner(c - a, d - b),
-            delivered=_inner(c, d),
+            noise=_energy(c - a, d - b),
+            delivered=_energy(c, d),
             product=_inner(c, b),
             expected_noise=float(variance.view(-1, width).sum(0, dtype=torch.float64) @ inputs.squares),
         )
     return sums
+
+
+def _energy(a: torch.Tensor, b: torch.Tensor) -> float:
+    # Where inputs cancel, fp32 may leave less than nothing.
+    return max(_inner(a, b), 0.0)
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
