@@ -10,6 +10,7 @@ from pathlib import Path
 
 EXIT_GATE_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DEFAULT_FORMATS = "bnb-nf4,bnb-fp4,ct-int4-sym,minmax-int4"
+DEFAULT_CALIBRATION_TOKENS = 2048
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--formats", default=DEFAULT_FORMATS, help="comma-separated (%(default)s)")
     audit.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="in which the deployment loads")
     audit.add_argument("--device", help="where weights are compared; default: a CUDA device, else the CPU")
+    audit.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a text file or a JSON set: AFTER reads it, and the report says what arrives in the layers' outputs; "
+        "takes the memory of one model",
+    )
+    audit.add_argument(
+        "--calibration-tokens", type=int, default=DEFAULT_CALIBRATION_TOKENS, help="of it at most (%(default)s)"
+    )
     audit.add_argument("--json", metavar="FILE", help="also write the whole report there")
     audit.add_argument("--html", metavar="FILE", help="also write it as a page, with a heat map of layers")
     audit.add_argument(
@@ -215,10 +225,19 @@ def _audit(args) -> int:
     from .auditing.gates import parse_gate
 
     formats = _names(args.formats)
-    gates = [parse_gate(text, formats) for text in args.fail_if]
+    gates = [parse_gate(text, formats, args.calibration is not None) for text in args.fail_if]
     for option in ("json", "html"):
         _refuse_to_overwrite(option, getattr(args, option))
-    report = audit(args.before, args.after, formats, dtype=args.dtype, device=args.device, resume=args.resume)
+    report = audit(
+        args.before,
+        args.after,
+        formats,
+        dtype=args.dtype,
+        device=args.device,
+        calibration=args.calibration,
+        calibration_tokens=args.calibration_tokens,
+        resume=args.resume,
+    )
     if args.json:
         _write("json", args.json, report.to_json())
     if args.html:

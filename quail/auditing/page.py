@@ -1,11 +1,12 @@
 """The report as one HTML page that needs nothing beside it: no script, no font, no network."""
 
+import math
 from collections.abc import Iterator
 from html import escape
 
 from quail_kernels import get_format
 
-from .figures import AuditReport, Figures, NotCompared, count, percent
+from .figures import AuditReport, Calibration, Figures, NotCompared, OutputFigures, count, percent
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --faint: #656d76; --line: #d0d7de; --page: #fff; --cell: #eaeef2 }
@@ -29,8 +30,11 @@ td.none { background: var(--cell) }
 .legend { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .5rem 0 }
 .bar { width: 12rem; height: .8rem; border-radius: 2px }
 """
-# From nothing delivered to all of it; legible for the colour-blind: dark blue is all.
+# From nothing delivered to all of it, or from noise to signal; legible for the colour-blind: dark blue is all.
 _STOPS = ((178, 24, 43), (244, 165, 130), (247, 247, 247), (146, 197, 222), (33, 102, 172))
+
+
+_LOWEST_DB, _HIGHEST_DB = -40, 40
 
 
 def page(report: AuditReport) -> str:
@@ -52,6 +56,8 @@ def _lines(report: AuditReport) -> Iterator[str]:
     ):
         yield f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>"
     yield "</dl>"
+    if report.calibration is not None:
+        yield from _outputs(report.calibration)
     yield from _totals(report)
     yield from _heat_maps(report)
     yield from _unquantized(report)
@@ -97,17 +103,63 @@ def _totals(report: AuditReport) -> Iterator[str]:
     )
 
 
+def _outputs(calibration: Calibration) -> Iterator[str]:
+    yield "<h2>The update in the layers' outputs</h2>"
+    yield (
+        f'<p class="note">As AFTER, not quantized, reads {calibration.tokens} tokens of {escape(calibration.source)}, '
+        f"in {calibration.sequences} sequences.</p>"
+    )
+    header = ("recipe", "SNR", "median", "least", "flip law", "cosine", "share")
+    rows = []
+    for format, figures in calibration.formats.items():
+        if figures is None:
+            rows.append((str(get_format(format)), *[""] * (len(header) - 1)))
+            continue
+        ratios = (figures.output_snr, figures.output_snr_median, figures.output_snr_min, figures.output_snr_flip_law)
+        rows.append(
+            (
+                str(get_format(format)),
+                *(_or_dash(ratio, lambda ratio: f"{_decibels(ratio)} dB") for ratio in ratios),
+                _or_dash(figures.output_cosine, lambda number: f"{number:.2g}"),
+                _or_dash(figures.output_share, lambda share: f"{percent(share)} %"),
+            )
+        )
+    yield from _table(header, rows)
+    yield (
+        '<p class="note">Signal: dw x, with x the inputs of a layer; noise: (dq - dw) x; squares summed over tokens '
+        "and tensors. Median, least: of the tensors. Flip law: what it expects of weights shipped in 16 bits. Share: "
+        "of dw x, what arrives along its direction.</p>"
+    )
+    yield "<h3>Signal to noise in dB, by layer and module</h3>"
+    yield from _legend(
+        f"{_LOWEST_DB} dB", f"{_HIGHEST_DB} dB; lost: nothing arrives, the noise is the update itself; -: no update"
+    )
+    yield from _maps(calibration.formats, calibration.layers, calibration.modules, calibration.cells, _output_cell)
+    if calibration.not_measured:
+        yield "<h3>Not measured on the text</h3>"
+        yield from _table(("tensor", "reason"), [(row.name, row.reason) for row in calibration.not_measured])
+
+
 def _heat_maps(report: AuditReport) -> Iterator[str]:
-    cells = {(row.format, row.layer, row.module): row.figures for row in report.cells}
-    layers = list(dict.fromkeys([row.name for row in report.layers] + [row.layer for row in report.cells]))
-    modules = list(dict.fromkeys(row.name for row in report.modules))
     yield "<h2>Delivered, by layer and module</h2>"
+    yield from _legend("0 %", "100 % of the update delivered; -: no update")
+    yield from _maps(report.formats, report.layers, report.modules, report.cells, _cell)
+
+
+def _legend(low: str, high: str) -> Iterator[str]:
     colors = ", ".join(_color(i / 4) for i in range(5))
     yield (
-        f'<div class="legend">0 % <div class="bar" style="background: linear-gradient(90deg, {colors})"></div> '
-        "100 % of the update delivered; -: no update</div>"
+        f'<div class="legend">{low} <div class="bar" style="background: linear-gradient(90deg, {colors})"></div> '
+        f"{high}</div>"
     )
-    for name in report.formats:
+
+
+def _maps(formats, rows_of_layers, rows_of_modules, rows_of_cells, cell) -> Iterator[str]:
+    """A table a recipe, of layers by modules; ``cell`` makes the HTML of one from (layer, module, figures or None)."""
+    cells = {(row.format, row.layer, row.module): row.figures for row in rows_of_cells}
+    layers = list(dict.fromkeys([row.name for row in rows_of_layers] + [row.layer for row in rows_of_cells]))
+    modules = list(dict.fromkeys(row.name for row in rows_of_modules))
+    for name in formats:
         shown = [module for module in modules if any((name, layer, module) in cells for layer in layers)]
         if not shown:
             continue
@@ -117,7 +169,7 @@ def _heat_maps(report: AuditReport) -> Iterator[str]:
             row = [(module, cells.get((name, layer, module))) for module in shown]
             if any(figures for _, figures in row):
                 label = escape(layer or "in no layer")
-                yield f"<tr><td>{label}</td>{''.join(_cell(layer, module, figures) for module, figures in row)}</tr>"
+                yield f"<tr><td>{label}</td>{''.join(cell(layer, module, figures) for module, figures in row)}</tr>"
         yield "</table></div>"
 
 
@@ -137,6 +189,25 @@ def _cell(layer: str, module: str, figures: Figures | None) -> str:
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
     style = f"background: {_color(share)}; color: {ink}"
     return f'<td style="{style}" title="{escape(told)}">{100 * share:.0f}</td>'
+
+
+def _output_cell(layer: str, module: str, figures: OutputFigures | None) -> str:
+    if figures is None:
+        return '<td class="none"></td>'
+    told = f"{layer}.{module}".strip(".") + "\n"
+    if figures.output_snr is None or figures.output_share is None:
+        return f'<td class="none" title="{escape(told)}no update">-</td>'
+    told += f"SNR {_decibels(figures.output_snr)} dB, by the flip law {_decibels(figures.output_snr_flip_law)} dB\n"
+    told += f"share {percent(figures.output_share)} %, cosine {figures.output_cosine:.2g}"
+    lost = figures.output_snr == 1 and figures.output_share == 0
+    share = 0.0 if lost else (figures.output_snr_db - _LOWEST_DB) / (_HIGHEST_DB - _LOWEST_DB)
+    ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
+    text = "lost" if lost else f"{figures.output_snr_db:.0f}"
+    return f'<td style="background: {_color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
+
+
+def _decibels(ratio: float) -> str:
+    return f"{10 * math.log10(ratio):.1f}"
 
 
 def _color(share: float) -> str:
