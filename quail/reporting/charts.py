@@ -23,6 +23,7 @@ svg .label { paint-order: stroke; stroke: var(--page); stroke-width: 3px; stroke
 """
 _WIDTH = 360
 _LEFT, _RIGHT, _TOP, _BOTTOM, _PLOT = 50, 14, 10, 34, 240
+_BAND, _LINE, _METHODS = (124, 314), 15, 9  # of the recoveries: where the scale lies, a row, methods a picture
 _LETTER = 6.2  # width of a letter at 11 px, a little more than most
 
 
@@ -76,10 +77,8 @@ def scatter(run: Run, regime: Regime, quantizer: str) -> Iterator[str]:
 
 
 def recoveries(run: Run, regime: Regime) -> Iterator[str]:
-    """A dot and a whisker for every method at every quantizer, the method's name above its own."""
-    left, right, line = 124, 314, 15
+    """A dot and a whisker for every method at every quantizer, in pictures of a few methods each, one scale for all."""
     shown = [method for method in regime.methods if any(each.score for each in method.deployments.values())]
-    quantizers = [name for name in run.quantizers if name != FULL]
     known = [
         each.recovery
         for method in shown
@@ -89,34 +88,40 @@ def recoveries(run: Run, regime: Regime) -> Iterator[str]:
     # Beyond these a quotient is cut off, so that one odd cell does not press the others together.
     low = max(min([-0.1, *(each.low for each in known)]), -0.5)
     high = min(max([1.05, *(each.high for each in known)]), 1.5)
-    x = _scale(low, high, left, right)
-    bottom = 20 + len(shown) * (len(quantizers) + 1.4) * line
+    x = _scale(low, high, *_BAND)
+    for start in range(0, len(shown), _METHODS):
+        yield "<figure>" + "\n".join(_recoveries_of(run, regime, shown[start : start + _METHODS], x)) + "</figure>"
+
+
+def _recoveries_of(run: Run, regime: Regime, methods: Sequence[Method], x: Callable) -> Iterator[str]:
+    quantizers = [name for name in run.quantizers if name != FULL]
+    bottom = 20 + len(methods) * (len(quantizers) + 1.4) * _LINE
     title = f"{regime.title}: recovery of {run.metric} in percent, with intervals"
     yield f'<svg viewBox="0 0 {_WIDTH} {bottom + 24:.0f}" role="img" aria-label="{escape(title)}">'
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for tick in (0.0, 0.5, 1.0):
         yield f'<path class="grid" d="M{x(tick):.1f} 16V{bottom:.1f}"/>'
         for y in (11, bottom + 14):
-            yield f'<text class="faint" x="{x(tick):.1f}" y="{y:.1f}" text-anchor="middle">{tick:.0%}</text>'
+            yield f'<text class="faint" x="{x(tick):.1f}" y="{y:.1f}" text-anchor="middle">{100 * tick:.0f} %</text>'
     yield f'<path class="bar" d="M{x(LARGEST_RECOVERY):.1f} 16V{bottom:.1f}"/>'
     y = 20.0
-    for method in shown:
-        y += 1.2 * line
+    for method in methods:
+        y += 1.2 * _LINE
         mark = "\u2020" if method.not_reached else ""
         name = escape(f"{method.number} {method.name}{mark}")
         yield f'<text class="name label" x="2" y="{y - 4:.1f}">{name}</text>'
         for quantizer in quantizers:
             here = method.deployments[quantizer]
-            middle = y + line / 2
-            place = f'x="{left - 6}" y="{middle + 4:.1f}"'
+            middle = y + _LINE / 2
+            place = f'x="{_BAND[0] - 6}" y="{middle + 4:.1f}"'
             yield f'<text class="faint" {place} text-anchor="end">{escape(quantizer)}</text>'
-            yield from _whisker(method, here, x, middle, (left, right))
-            y += line
-        y += 0.2 * line
+            yield from _whisker(method, here, x, middle)
+            y += _LINE
+        y += 0.2 * _LINE
     yield "</svg>"
 
 
-def _whisker(method: Method, here: Deployment, x: Callable, y: float, edges: tuple[float, float]) -> Iterator[str]:
-    left, right = edges
+def _whisker(method: Method, here: Deployment, x: Callable, y: float) -> Iterator[str]:
+    left, right = _BAND
     if here.recovery is None or here.recovery.value is None:
         text = MISSING if here.score is None else "no estimate"
         yield (
@@ -215,7 +220,7 @@ def _labels(places: Sequence[tuple[float, float, str]], ways: Sequence[tuple[flo
             near[2].append(text)
         else:
             groups.append((x, y, [text]))
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in groups] + [(x - 3, y - 2, x + 3, y + 2) for x, y in ways]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in groups] + [(x - 5, y - 5, x + 5, y + 5) for x, y in ways]
     for x, y, texts in groups:
         text = _ranges(texts)
         width = len(text) * _LETTER

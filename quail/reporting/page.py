@@ -32,12 +32,12 @@ _OWN_STYLE = (
 body { overflow-wrap: break-word } h3 { font-size: 1rem; margin: 1.5rem 0 .4rem } summary { cursor: pointer }
 details { margin: .6rem 0 } .lead { max-width: 52rem }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
-figure { margin: 0; max-width: 36rem } figcaption { font-weight: 600; font-size: .9rem }
+figure { margin: 0; max-width: 30rem } figcaption { font-weight: 600; font-size: .9rem }
 svg.swatch { display: inline-block; width: 14px; height: 14px; vertical-align: -2px }
 .legend { flex-wrap: wrap; gap: .2rem 1rem } .legend span { white-space: nowrap }
-th { white-space: normal; overflow-wrap: anywhere; min-width: 3.5rem; vertical-align: bottom }
+th { white-space: normal; min-width: 3.5rem; vertical-align: bottom }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page);
-  box-shadow: inset 0 -1px var(--line); white-space: normal; min-width: 7rem }
+  border-bottom: 0; box-shadow: inset 0 -1px var(--line); white-space: normal; min-width: 7rem }
 td.interval { white-space: normal; min-width: 4.6rem }
 /* A shadow at the right edge wherever there is more to scroll to. */
 .scroll { background: linear-gradient(90deg, transparent, var(--page) 70%) right / 2rem 100% local no-repeat,
@@ -182,9 +182,9 @@ def _recovery(run: Run, regime: Regime) -> Iterator[str]:
         f"set: 0 % stayed forgotten, 100 % is all that the quantized original knows. Dashed: "
         f"{_share(LARGEST_RECOVERY)} %. An arrow: the interval goes on.</p>"
     )
-    yield "<figure>"
+    yield '<div class="panels">'
     yield from charts.recoveries(run, regime)
-    yield "</figure>"
+    yield "</div>"
     rows = []
     for method in regime.methods:
         cells = [f"<td>{_name(method)}</td>"]
@@ -239,7 +239,8 @@ def _recovery_cell(method: Method, here: Deployment, notes: dict[str, int], of_l
             f'<td class="unknown">no estimate <sup>{notes[f"{method.name} at {here.quantizer}: {reason}"]}</sup></td>'
         )
     kind = "back" if found.value >= LARGEST_RECOVERY else "kept"
-    return f'<td class="{kind} interval">{charts.recovery_text(found)}</td>'
+    value, _, interval = charts.recovery_text(found).replace(" ", "\u00a0").partition("\u00a0(")
+    return f'<td class="{kind} interval">{value} ({interval}</td>'
 
 
 def _retain_cell(method: Method) -> str:
@@ -344,7 +345,7 @@ def _examples(run: Run, regime: Regime) -> Iterator[str]:
         "not chosen by what became of them.</p>"
     )
     for example in regime.examples:
-        right = "" if example.right is None else f", a tweet of {example.right}"
+        right = "" if example.right is None else f", of class {example.right}"
         yield f"<details><summary>Example {example.place} of {example.of}{escape(right)}</summary>"
         rows = []
         for who, name in ((None, "start, nothing forgotten"), *((m.name, _label(m)) for m in regime.methods)):

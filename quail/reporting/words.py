@@ -15,6 +15,8 @@ from .figures import (
     Run,
 )
 
+_EXPLAINED = 6
+
 
 def halves(run: Run) -> str:
     """Which half is reported, and what the other was for."""
@@ -36,7 +38,7 @@ def about_intervals(run: Run) -> str:
         # Hanley and Lippman-Hand 1983, "If nothing goes wrong, is everything all right?": the rule of three.
         text += (
             " One without width means that no resample differs; even where none of "
-            f"{run.forget_examples} examples changed, up to {300 / run.forget_examples:.1f} % of others might (3 / n)."
+            f"{run.forget_examples} examples changed, up to {300 / run.forget_examples:.2g} % of others might (3 / n)."
         )
     return text
 
@@ -55,8 +57,11 @@ def verdict_sentences(run: Run, regime: Regime) -> Iterator[str]:
     for verdict, opening in openings.items():
         methods = regime.of(verdict)
         if methods:
-            listed = "; ".join(f"{method.name} ({method.why})" for method in methods)
-            yield f"{opening}: {listed}."
+            # A long list is read in the table; here the names are enough.
+            parts = (f" ({method.why})" if len(methods) <= _EXPLAINED else "" for method in methods)
+            marks = ("\u2020" if method.not_reached else "" for method in methods)
+            named = zip((method.name for method in methods), marks, parts, strict=True)
+            yield f"{opening}: {'; '.join(map(''.join, named))}."
         elif verdict == KEPT:
             yield f"No method kept recovery under {bar} at {at} with at most {points} of retain lost."
 
