@@ -76,7 +76,7 @@ def _ran(run: Run) -> str:
 
 
 def _name(method: Method) -> str:
-    name = method.name.replace("|", "/")
+    name = method.name.replace("|", "/").replace("<", "&lt;")
     short = name if len(name) <= _NAME else f"{name[: _NAME - 3]}..."
     return short + ("\u2020" if method.not_reached else "")
 
