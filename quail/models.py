@@ -90,7 +90,7 @@ def from_pretrained(auto, name: str | os.PathLike, **options):
     """``auto.from_pretrained``, with whatever it finds wrong as a ValueError of one line."""
     try:
         return auto.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         expected = "a causal language model" if auto in (AutoModelForCausalLM, AutoTokenizer) else "a model"
         raise ValueError(f"{name}: expected {expected}'s folder or hub name; got {reason:.300}") from None

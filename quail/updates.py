@@ -155,8 +155,7 @@ def push_over_edge(
         row, column = allowed.nonzero(as_tuple=True)
         if len(row):
             index = span.start + row * x.shape[1] + column
-            own = params[row] if len(params) == len(x) else params[:1].expand(len(row), *params.shape[1:])
-            grids.append((index, rank[row, column], target[row, column], own, low[row, 0], high[row, 0], short))
+            grids.append((index, rank[row, column], target[row, column], params[row], low[row, 0], high[row, 0], short))
     new, chosen = after.detach().clone().contiguous(), torch.zeros(after.shape, dtype=torch.bool, device=after.device)
     if generator is None and grids:
         candidates = torch.cat([grid[0] for grid in grids])

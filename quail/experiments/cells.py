@@ -66,16 +66,16 @@ def digest_of_file(path: str | os.PathLike) -> str:
 class Store:
     """A run's folder. Every file in it is there whole or not at all.
 
-    Raises ValueError where the folder holds files that no run has written.
+    Raises ValueError where the folder is no run's and holds something.
     """
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
-        if self.root.exists():
-            strange = {path.name for path in self.root.iterdir()} - _RUN_FILES if self.root.is_dir() else {"a file"}
-            strange = {name for name in strange if not name.endswith(".partial")}
+        if self.root.exists() and not (self.root / "run.json").is_file():
+            found = {path.name for path in self.root.iterdir()} if self.root.is_dir() else {"a file"}
+            strange = sorted(name for name in found - _RUN_FILES if not name.endswith(".partial"))
             if strange:
-                got = f"{self.root}, which holds {sorted(strange)[0]}"
+                got = f"{self.root}, which holds {strange[0]}"
                 raise ValueError(f"out: expected a new folder or one of an earlier run; got {got}")
         self._lock = None
 
@@ -134,6 +134,15 @@ class Store:
 
     def checkpoint(self, cell: Cell) -> Path:
         return self.root / "checkpoints" / cell.key
+
+    def drop_checkpoint(self, cell: Cell) -> None:
+        """Removes it: a process that is killed on the way leaves nothing that looks like a checkpoint."""
+        path = self.checkpoint(cell)
+        if path.is_dir():
+            leaving = path.with_name(f"{path.name}.partial")
+            shutil.rmtree(leaving, ignore_errors=True)
+            path.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
 
     def seconds(self, stage: str) -> list[float]:
         """How long each finished cell of a stage took."""

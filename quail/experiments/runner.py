@@ -25,6 +25,7 @@ from .recipe import REGIME_16BIT, REGIME_GRID, Recipe
 from .tasks import TASKS, Task
 
 SCHEMA = 1
+_DIGITS = 4  # of the figures in RESULTS.json; cells have six
 _OF_A_LAYER = ("code_overlap", "value_overlap", "predicted_flip_share", "delivered_share", "delivered_cosine")
 
 
@@ -128,7 +129,7 @@ def gather(store: Store, cells: Sequence[Cell], described: dict) -> dict:
         if record is None:
             continue
         if cell.stage == "audit":
-            audits.append(cell.where | {"formats": record["outputs"]})
+            audits.append(cell.where | {"formats": rounded(record["outputs"], _DIGITS)})
         if cell.stage != "score":
             continue
         made = records[cell.parent.key] or {}
@@ -136,7 +137,9 @@ def gather(store: Store, cells: Sequence[Cell], described: dict) -> dict:
         training_of = {k: v for k, v in (made.get("outputs") or {}).items() if k != "trace"}
         seconds = {"score": record["seconds"], cell.parent.stage: made.get("seconds")}
         for row in record["outputs"]["rows"]:
-            rows.append(common | row | {"training": training_of, "seconds": seconds, "cell": cell.key})
+            rows.append(
+                common | rounded(row, _DIGITS) | {"training": training_of, "seconds": seconds, "cell": cell.key}
+            )
     done = sum(record is not None for record in records.values())
     environments = [record["made_by"] for record in records.values() if record]
     return {
@@ -199,7 +202,7 @@ class _Runner:
         began = time.monotonic()
         if cell.stage in WITH_CHECKPOINT:
             # There without its cell's file: a process was killed between the two.
-            shutil.rmtree(self.store.checkpoint(cell), ignore_errors=True)
+            self.store.drop_checkpoint(cell)
         outputs = rounded(getattr(self, f"_{cell.stage}")(cell), 6)
         seconds = time.monotonic() - began
         self.store.write(cell, outputs, seconds, self.environment)
@@ -260,7 +263,7 @@ class _Runner:
         described = {"recipe": self.recipe.name, "quick": self.recipe.quick, "task": self.recipe.task}
         described |= {"stage_versions": STAGE_VERSIONS, "content": self.recipe.raw}
         results = gather(self.store, self.everything, described)
-        text = dumps(rounded(results, 4), separators=(",", ":"))
+        text = dumps(results, separators=(",", ":"))
         self.store.write_text("RESULTS.json", text.replace('{"task"', '\n{"task"') + "\n")  # a row a line
 
     def _drop_checkpoints(self, after: Cell | None = None) -> None:
@@ -270,7 +273,7 @@ class _Runner:
         for cell in self.cells if after is None else [c for c in (after.parent,) if c is not None]:
             if cell.stage == "unlearn" and self.store.checkpoint(cell).is_dir():
                 if all(self.store.read(child) is not None for child in self.children.get(cell.key, ())):
-                    shutil.rmtree(self.store.checkpoint(cell), ignore_errors=True)
+                    self.store.drop_checkpoint(cell)
 
 
 def _fits(only: str, regime: str, method: str) -> bool:

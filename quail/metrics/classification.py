@@ -47,7 +47,7 @@ def classification(probabilities: np.ndarray, labels: Sequence[int] | np.ndarray
         nll = -np.log(p[np.arange(len(y)), y])
     return Classification(
         Measurement.mean(predicted == y),
-        float(f1_score(y, predicted, average="macro", zero_division=0)),
+        float(f1_score(y, predicted, labels=np.union1d(y, predicted[~broken]), average="macro", zero_division=0)),
         _auc(p, y),
         Measurement.mean(nll),
         predicted,

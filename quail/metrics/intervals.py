@@ -3,8 +3,8 @@
 Values are [seeds, examples]: one metric of the same examples under models trained with several seeds. Both are drawn
 again, with replacement: seeds, and examples once for all seeds and all models, since an example that is hard is hard
 under every one of them (a crossed design; Owen 2007, The pigeonhole bootstrap, https://arxiv.org/abs/0712.1111).
-Percentile intervals. A bootstrap over n seeds sees (n - 1) / n of their variance: with three, intervals are too narrow
-for what comes from seeds; with one, they say nothing about other seeds.
+Ends are percentiles. README.md has how often such intervals hold the truth: with few seeds that differ much, too
+seldom; with one seed they say nothing about others.
 """
 
 import math

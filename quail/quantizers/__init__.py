@@ -28,6 +28,7 @@ _LIBRARIES = {name: library for library in (bnb, ao, gguf_files) for name in lib
 
 def check(quantizer: str) -> None:
     """Raises ValueError, with the legal names, where ``quantizer`` is none of them; nothing is loaded for that."""
+    quantizer = quantizer if isinstance(quantizer, str) else repr(quantizer)  # a recipe's YAML may hold anything
     name = quantizer.partition("@")[0]
     if quantizer.startswith(rounding.PREFIX):
         rounding.parse(quantizer)

@@ -42,6 +42,8 @@ def deploy(
     with tempfile.TemporaryDirectory() as folder:
         text, out = Path(folder) / "calibration.txt", Path(folder) / "checkpoint"
         text.write_text("\n\n".join(calibration), encoding="utf-8")
+        # It runs in the scratch folder, for what llm-compressor leaves behind: relative paths would lead elsewhere.
+        python, checkpoint = (os.path.abspath(path) if os.path.exists(path) else path for path in (python, checkpoint))
         # Isolated: neither this folder nor PYTHONPATH, which may lead to this environment's packages.
         command = [python, "-I", calibrated.__file__, checkpoint, out, "--method", method, "--format", format]
         command += ["--calibration", text, "--dtype", str(dtype).removeprefix("torch.")]
@@ -60,12 +62,13 @@ def load_stored(checkpoint: str | os.PathLike, dtype: torch.dtype, auto) -> PreT
     from transformers import CompressedTensorsConfig
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            return load(checkpoint, dtype, auto, quantization_config=CompressedTensorsConfig(dequantize=True))
+        options = CompressedTensorsConfig(dequantize=True)
     except ImportError:
         expected = "the library compressed-tensors (pip install compressed-tensors)"
         raise ValueError(f"{checkpoint}: expected {expected}; got none") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return load(checkpoint, dtype, auto, quantization_config=options)
 
 
 def _python(quantizer: str) -> str:

@@ -14,13 +14,15 @@ from ..models import default_device, from_pretrained
 def load(checkpoint: str | os.PathLike, dtype: torch.dtype, auto, **options) -> PreTrainedModel:
     """The checkpoint in evaluation mode, on the GPU where there is one; ``options`` go to ``from_pretrained``.
 
-    Raises ValueError where there is no such model, or a weight of it is not in the checkpoint: transformers would
-    draw that at random.
+    Raises ValueError where there is no such model, a library that it needs is not installed, or a weight of it is not
+    in the checkpoint: transformers would draw that at random.
     """
-    device_map = {"": str(default_device())}
-    model, info = from_pretrained(
-        auto, checkpoint, dtype=dtype, device_map=device_map, output_loading_info=True, **options
-    )
+    options |= {"device_map": {"": str(default_device())}, "output_loading_info": True}
+    try:
+        model, info = from_pretrained(auto, checkpoint, dtype=dtype, **options)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: expected the library of its quantizer; got {reason:.300}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         got = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more missing" if len(missing) > 3 else " missing")
@@ -33,9 +35,12 @@ def load_config(checkpoint: str | os.PathLike) -> PretrainedConfig:
 
 
 def skeleton(config: PretrainedConfig, auto) -> PreTrainedModel:
-    """The model of a configuration, without its memory."""
-    with torch.device("meta"):
-        return auto.from_config(config)
+    """The model of a configuration, without its memory. Raises ValueError where ``auto`` knows no such model."""
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except ValueError:  # with the hundreds of configurations that it knows
+        raise ValueError(f"auto: expected a class that knows {config.model_type}; got {auto.__name__}") from None
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

@@ -112,3 +112,25 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
         finally:
             process.kill()
     Store(tmp_path).open().close()
+
+
+def test_what_others_put_beside_a_run_does_not_stop_it(tmp_path):
+    store = Store(tmp_path).open()
+    store.write_text("run.json", "{}")
+    store.close()
+    (tmp_path / "report.html").write_text("")
+    Store(tmp_path).open().close()
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_checkpoint_is_dropped_whole(tmp_path, monkeypatch):
+    store = Store(tmp_path).open()
+    store.checkpoint(LEARN).mkdir()
+    (store.checkpoint(LEARN) / "config.json").write_text("{}")
+    with monkeypatch.context() as killed:
+        killed.setattr(cells.shutil, "rmtree", lambda *args, **options: None)
+        store.drop_checkpoint(LEARN)
+    assert not store.checkpoint(LEARN).exists()
+    store.close()
+    Store(tmp_path).open().close()
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -92,7 +92,8 @@ def test_learning_and_unlearning_did_what_they_are_for(small):
         for row in results(out)["rows"]
         if row["half"] == "report"
     }
-    assert nll["16bit", None, "none"] < 2.0 < nll["16bit", "GA+GDR", "none"]
+    assert nll["16bit", None, "none"] < 1.0  # ln 64 = 4.2 where nothing is known
+    assert nll["16bit", "GA+GDR", "none"] > 1.5 * nll["16bit", None, "none"]
     # On the grid of nf4 quantizing again to it changes nothing.
     assert nll["grid:bnb-nf4", None, "none"] == nll["grid:bnb-nf4", None, "rtn:bnb-nf4"]
     assert nll["16bit", None, "none"] != nll["16bit", None, "rtn:bnb-nf4"]
@@ -169,12 +170,15 @@ def test_a_new_quantizer_brings_back_the_checkpoints_that_were_dropped(small):
     write, out = small
     before, said = made(out), []
     recipe = load_recipe(write(quantizers=["none", "rtn:bnb-nf4", "rtn:bnb-fp4"], regimes=["16bit"]))
-    old = {row["cell"]: row["metrics"] for row in results(out)["rows"]}
+    old = {(row["cell"], row["half"]): row["metrics"] for row in results(out)["rows"]}
     run(recipe, out, say=said.append)
     new = Counter(name.partition("-")[0] for name in made(out).keys() - before.keys())
     assert new == {"score": 3}
     assert sum("again, for its checkpoint" in line for line in said) == 2
-    assert all(old.get(row["cell"], row["metrics"]) == row["metrics"] for row in results(out)["rows"])
+    found = {(row["cell"], row["half"]): row["metrics"] for row in results(out)["rows"]}
+    kept = found.keys() & old.keys()
+    assert len(kept) == 12 and len(found) == 18
+    assert {place: found[place] for place in kept} == {place: old[place] for place in kept}
 
 
 def test_more_seeds_are_added_to_those_that_are_there(small):
@@ -241,33 +245,22 @@ def test_an_interrupted_run_goes_on_to_the_same_results(small):
 
 
 def test_a_killed_run_goes_on_to_the_same_results(small):
-    """Killed as it begins and inside a cell, and left with a checkpoint whose figures were never written."""
+    """Killed inside a cell, and left with a checkpoint whose figures were never written."""
     write, whole = small
     path, out = write(), whole.parent / "killed"
     command = [sys.executable, "-m", "quail", "run", str(path), "--out", str(out)]
-
-    def unlearning():
-        return (out / "scratch").exists()
-
-    def learning():
-        return (out / "lock").exists()
-
-    for moment in (learning, unlearning):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while not moment() and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    assert not list((out / "cells").glob("unlearn-*"))
-    (unlearned,) = [p for p in (whole / "cells").glob("unlearn-*")][:1]
-    orphan = out / "checkpoints" / unlearned.stem.partition("-")[2]
-    orphan.mkdir()
-    (orphan / "model.safetensors").write_text("half of one")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (out / "scratch").exists() and process.poll() is None:  # there while a cell unlearns
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert list((out / "cells").glob("score-*")) and not list((out / "cells").glob("unlearn-*"))
+    key = next((whole / "cells").glob("unlearn-*")).stem.partition("-")[2]
+    (out / "checkpoints" / key).mkdir()
+    (out / "checkpoints" / key / "model.safetensors").write_text("half of one")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    other = whole.parent / "uninterrupted"
-    assert subprocess.run([*command[:-1], str(other)], capture_output=True).returncode == 0
-    assert without_times(out) == without_times(other)
+    assert without_times(out) == without_times(whole)
     assert not list(out.rglob("*.partial")) and not (out / "scratch").exists()
 
 
@@ -283,7 +276,11 @@ def test_two_processes_do_not_share_a_run(small, capsys):
 
 def test_an_audit_stands_beside_the_rows(small):
     write, out = small
-    run(load_recipe(write(audit=["bnb-nf4"], regimes=["grid:bnb-nf4"])), out, say=lambda line: None)
+    run(
+        load_recipe(write(audit=["bnb-nf4"], regimes=["grid:bnb-nf4"], methods={"GA+GDR": {}})),
+        out,
+        say=lambda line: None,
+    )
     (audit,) = results(out)["audits"]
     assert (audit["regime"], audit["method"], audit["seed"]) == ("grid:bnb-nf4", "GA+GDR", 0)
     figures = audit["formats"]["bnb-nf4"]

@@ -107,6 +107,18 @@ def test_verbmem_texts_are_cut_and_cleaned_as_in_muse(model, tokenizer):
     assert cut == MUSE["verbmem"]["expected"]
 
 
+def test_what_is_said_is_cleaned_as_what_is_expected(tokenizer):
+    model = Bigram()
+    words = [INPUTS["words"].index(word) for word in ("the", "do", "n't", ".", "</s>")]
+    for before, after in zip(words, words[1:], strict=False):
+        model.table[before, after] = 99
+    (f1,) = evaluate.score_verbmem(model, tokenizer, [{"prompt": "the", "gt": "do n't ."}]).f1.per_example
+    assert f1 == 1
+    rows = [{"question": "the", "answer": "don't."}]
+    model.table[INPUTS["words"].index("<unk>")] = model.table[words[0]]  # "Answer:" is no word of the table
+    assert evaluate.score_knowmem(model, tokenizer, rows).f1.value == 1
+
+
 @pytest.mark.parametrize("percent", [5, 10, 20, 30, 40, 50, 60])
 def test_min_k_and_the_auc_of_muse(percent):
     share, log_probs = percent / 100, MUSE["privleak"]["log_probs"]
@@ -188,6 +200,16 @@ def test_memorization(scores, name):
     result = getattr(memorization, name)([s.without_end().hits for s in scores])
     close(result.per_example, OPEN_UNLEARNING[name]["per_example"])
     close(result.value, OPEN_UNLEARNING[name]["value"])
+
+
+def test_memorization_of_a_model(model, tokenizer):
+    def text(ids):
+        return " ".join(INPUTS["words"][i] for i in ids)
+
+    examples = [Example(text(s["prompt"][1:]), " " + text(s["answer"][:-1])) for s in INPUTS["sequences"]]
+    found = evaluate.score_memorization(model, tokenizer, examples, batch_size=4)
+    close(found.exact.per_example, OPEN_UNLEARNING["exact_memorization"]["per_example"])
+    close(found.extraction.per_example, OPEN_UNLEARNING["extraction_strength"]["per_example"])
 
 
 def test_truth_ratio_of_a_model(scores):

@@ -62,6 +62,12 @@ def test_a_compressed_checkpoint_is_loaded_dequantized(tiny_checkpoint, packed):
             deploy(packed, quantizer, calibration=TEXTS)
 
 
+def test_without_compressed_tensors_it_is_said_what_to_install(packed, monkeypatch):
+    monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
+    with pytest.raises(ValueError, match="packed: expected the library compressed-tensors .*; got none$"):
+        deploy(packed, "none")
+
+
 def test_without_the_library_it_is_said_what_to_install(tiny_checkpoint, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -90,6 +96,19 @@ def test_what_the_other_environment_says_is_the_error(tiny_checkpoint, monkeypat
     monkeypatch.setenv(ENVIRONMENT, str(broken))
     with pytest.raises(ValueError, match="^gptq:ct-int4-sym: llm-compressor failed; got the reason$"):
         deploy(tiny_checkpoint, "gptq:ct-int4-sym", calibration=TEXTS)
+
+
+def test_relative_paths_are_those_of_the_caller(tiny_checkpoint, packed, monkeypatch, tmp_path):
+    """The other environment is a script that answers with a checkpoint of ours, if it finds what it was given."""
+    answer = tmp_path / "python"
+    answer.write_text(f'#!/bin/sh\n[ -e "$3/config.json" ] || exit 3\ncp -r {packed} "$4"\n')
+    answer.chmod(0o755)
+    shutil.copytree(tiny_checkpoint, tmp_path / "plain")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(ENVIRONMENT, "./python")
+    model, expected = deploy("plain", "gptq:ct-int4-sym@64", calibration=TEXTS), deploy(packed, "none")
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torchao.quantization.quant_primitives import (
 from torchao.quantization.quantize_.workflows import Int8Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -214,6 +215,7 @@ def test_a_gguf_file_is_one_that_gguf_reads(tmp_path):
     [
         ("int3", "expected one of none, bnb-nf4, bnb-nf4-dq, .*rtn:FORMAT, gptq:FORMAT or awq:FORMAT; got 'int3'"),
         ("", "expected one of none"),
+        (None, "expected one of none"),
         ("bnb-nf4@64", "expected one of none"),
         ("torchao-int4@256", "expected torchao-int4@32, torchao-int4@64, torchao-int4@128; got 'torchao-int4@256'"),
         ("torchao-int8@32", "expected torchao-int4@32"),
@@ -288,6 +290,13 @@ def test_no_checkpoint_is_one_line(tmp_path):
         with pytest.raises(ValueError, match="nothing: expected a model's folder or hub name; got ") as caught:
             deploy(tmp_path / "nothing", quantizer)
         assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_such_a_head_is_one_line(tiny_checkpoint):
+    for quantizer in ("bnb-nf4", "none"):
+        with pytest.raises(ValueError, match="AutoModelForMaskedLM|AutoModel") as caught:
+            deploy(tiny_checkpoint, quantizer, auto=AutoModelForMaskedLM)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(("quantizer", "module"), [("gguf-q4_0", "gguf"), ("torchao-int8", "torchao.quantization")])

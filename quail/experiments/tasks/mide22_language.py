@@ -1,7 +1,8 @@
 """Memorised misinformation: a language model that has learned tweets of MiDe22 by heart forgets the false ones.
 
-A tweet is a prompt, ``Tweet:`` and its first words, and a completion, the words after them; links are left out. The
-forget set are ``forget`` tweets labelled False, the retain set ``retain`` labelled True, both evenly over all events.
+A tweet is a prompt, ``Tweet:`` and its first words, and a completion, the words after them; links and mentions are left
+out. The forget set are ``forget`` tweets labelled False, the retain set ``retain`` labelled True, both evenly over all
+events.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Mide22Language(LanguageTask):
         sides = {"False": [], "True": []}
         seen = set()
         for tweet in tweets:
-            words = [word for word in tweet.text.split() if not word.startswith("https://")]
+            words = [word for word in tweet.text.split() if not word.startswith(("https://", "@"))]
             start = " ".join(words[: self.settings.prompt_words])
             # Two tweets that begin alike are two answers to one question, and cannot both be learned.
             if tweet.label in sides and len(words) > self.settings.prompt_words + 2 and start not in seen:

@@ -62,7 +62,7 @@ class Tofu(LanguageTask):
         return measured
 
     def summarize(self, name: str, examples: Mapping[str, list]) -> dict[str, float]:
-        """By example ``truth_ratio`` is R; as a figure it is TOFU's: of min(R, 1 / R) or, retained, of max(0, 1 - R)."""
+        """``truth_ratio`` is R by example, and as a figure TOFU's: of min(R, 1 / R) or, retained, of max(0, 1 - R)."""
         plain = {figure: values for figure, values in examples.items() if figure != "truth_ratio"}
         figures = super().summarize(name, plain)
         if "truth_ratio" in examples:
