@@ -13,7 +13,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 p.verdict { border-left: 4px solid #0969da; padding: .2rem 1rem; max-width: 52rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
-dt, .note { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
+dt, .note { color: var(--faint) } .note { overflow-wrap: anywhere } dd { margin: 0; overflow-wrap: anywhere }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
@@ -23,6 +23,7 @@ table.heat td, table.heat th { border: 0; padding: .15rem .5rem; text-align: cen
 table.heat td:first-child { text-align: left }
 td.none { background: var(--cell) }
 .legend { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .5rem 0 }
+.legend span { white-space: nowrap }
 .bar { width: 12rem; height: .8rem; border-radius: 2px }
 """
 # From nothing delivered to all of it, or from noise to signal; legible for the colour-blind: dark blue is all.

@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import (
 from quail import audit
 from quail.auditing import calibration
 from quail.auditing.calibration import Inputs, OutputSums, figures_of, output_sums
+from quail.auditing.figures import NotMeasured, OutputRow
 from quail.auditing.gates import parse_gate
 from quail.auditing.predictors import _spearman_of_resamples, predictors, rank_correlation
 from quail_kernels import fake_quant, get_format
@@ -267,6 +269,21 @@ def test_an_adapter_is_measured_as_the_merged_model_is(pair, tmp_path):
     assert untouched and all(row.figures.output_snr is None for row in untouched)
 
 
+def test_a_gguf_file_is_measured_as_what_transformers_reads_of_it(pair, tmp_path):
+    pytest.importorskip("gguf")
+    from test_audit_sides import write_gguf
+
+    path = write_gguf(LlamaForCausalLM.from_pretrained(pair[1]), tmp_path / "after.gguf", None)
+    options = dict(formats=["bnb-nf4"], dtype="float32", calibration=TEXTS)
+    direct, through = (audit(pair[0], after, **options).calibration for after in (path, pair[1]))
+    assert direct == through
+
+
+def test_nothing_is_written_where_there_is_no_terminal(pair, capfd):
+    audit(*pair, ["bnb-nf4"], calibration=TEXTS)
+    assert capfd.readouterr().err == ""
+
+
 def test_blocks_and_workers_do_not_show(pair, report, monkeypatch):
     monkeypatch.setitem(audit.__globals__["_BLOCK_WEIGHTS"], "cpu", 1 << 10)
     again = audit(*pair, FORMATS, calibration=[TEXT], calibration_tokens=700, workers=3)
@@ -309,14 +326,36 @@ def test_markdown_has_it_first_and_fits_a_terminal(report):
     assert "SNR" in tables[0] and "cosine" in tables[0]
     by_layer = next(i for i, line in enumerate(lines) if line.startswith("| layer"))
     figures = next(row.figures for row in report.calibration.layers if row.format == "bnb-nf4")
-    shown = f"{10 * math.log10(figures.output_snr_median):.1f} / {10 * math.log10(figures.output_snr_min):.1f}"
+    shown = f"{10 * math.log10(figures.output_snr_median):.1f}/{10 * math.log10(figures.output_snr_min):.1f}"
     assert shown in lines[by_layer + 2]
+
+
+def test_markdown_of_many_layers_lists_those_with_the_least(report):
+    layers, formats = [], {}
+    for format in ("bnb-nf4", "bnb-fp4", "ct-int4-sym@128", "minmax-int4", "gguf-q4_0"):
+        figures = report.calibration.formats["bnb-nf4"]
+        formats[format] = figures
+        for i in range(30):
+            here = replace(figures, output_snr_median=10.0 ** -(i / 2.5), output_snr_min=1e-12)
+            layers.append(OutputRow(f"transformer.encoder.layers.{i}", f"layers.{i}", "", format, 7, here))
+    not_measured = tuple(NotMeasured(f"model.layers.{i}.mlp.experts", "no linear layer has it") for i in range(9))
+    found = replace(report.calibration, formats=formats, layers=tuple(layers), not_measured=not_measured)
+    lines = replace(report, calibration=found, formats={}).to_markdown().splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith(("- BEFORE", "- AFTER"))] == []
+    by_layer = next(i for i, line in enumerate(lines) if line.startswith("| layer"))
+    names = [line.split("|")[1].strip() for line in lines[by_layer + 2 :][:8]]
+    assert [name[-3:] for name in names] == [f".{i}" for i in range(29, 21, -1)] and "the 8 layers" in lines[
+        by_layer - 2
+    ]
+    assert "-120.0" in lines[by_layer + 2]
+    assert any("9 tensors" in line for line in lines)
 
 
 def test_the_page_has_a_cell_a_tensor_and_says_lost(pair, report, tmp_path):
     page = report.to_html()
-    first, _, rest = page.partition("By recipe")
-    assert first.count("SNR ") >= 14 * 3 and "signal to noise" in first.lower()
+    first, *_ = page.partition(escape(report.verdict))
+    assert "layers' outputs" in first and first.count(" dB</td>") == 4 * len(FORMATS)
+    assert page.count("\nSNR ") == 14 * len(FORMATS)
     assert "lost</td>" not in page
     model = LlamaForCausalLM.from_pretrained(pair[0]).bfloat16()
     with torch.no_grad():

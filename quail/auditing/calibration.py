@@ -26,6 +26,7 @@ either way, and no more of them than the layer is wide are ever held. Layers tha
 value) share it. Weights are then compared block by block, all recipes at once.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -326,9 +327,10 @@ def load_model(side: Checkpoint, dtype: torch.dtype, device: torch.device) -> to
         if stored.dtype is not None
     }
     try:
-        model, loaded = architecture.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
+        with _no_bar_of_transformers():
+            model, loaded = architecture.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+            )
         model = model.to(device)
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(
@@ -338,6 +340,20 @@ def load_model(side: Checkpoint, dtype: torch.dtype, device: torch.device) -> to
         expected = f"all weights of {architecture.__name__} in {side.side}"
         raise ValueError(f"calibration: expected {expected}; got none for {some(missing)}")
     return model.eval()
+
+
+@contextlib.contextmanager
+def _no_bar_of_transformers():
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def read_inputs(

@@ -182,32 +182,28 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
     if layers:
         # As many recipes as leave room for the names of layers.
         shown, room = [], _COLUMNS - 4
+        texts = {
+            cell: f"{_decibels(found.output_snr_median)}/{_decibels(found.output_snr_min)}"
+            for cell, found in rows.items()
+        }
         for format in figures:
-            room -= max(len(format), len("-12.3 / -12.3")) + 3
-            if room >= 12:
+            column = max(len(format), *(len(text) for (_, of), text in texts.items() if of == format), 1) + 3
+            if room - column >= 15:
                 shown.append(format)
+                room -= column
 
-        def median(name: str) -> float:
+        def of_median(name: str) -> float:
             return min(rows[name, format].output_snr_median for format in shown if (name, format) in rows)
 
-        least = sorted((name for name in layers if any((name, format) in rows for format in shown)), key=median)
+        least = sorted((name for name in layers if any((name, format) in rows for format in shown)), key=of_median)
         of = f"the {_LISTED} layers with the least, of {len(layers)}" if len(layers) > _LISTED else "every layer"
         yield ""
-        yield f"By layer, the median of its tensors / the least, in dB: {of}:"
+        yield from _wrap(f"SNR by layer in dB, the median of its tensors / the least: {of}:")
         yield ""
-        width = max(_COLUMNS - 4 - sum(max(len(format), 13) + 3 for format in shown), 12)
         yield from _table(
             ("layer", *shown),
             [
-                (
-                    _elide(name, width),
-                    *(
-                        f"{_decibels(found.output_snr_median)} / {_decibels(found.output_snr_min)}"
-                        if (found := rows.get((name, format)))
-                        else "-"
-                        for format in shown
-                    ),
-                )
+                (_elide(name, room), *(texts.get((name, format), "-") for format in shown))
                 for name in (least[:_LISTED] if len(layers) > _LISTED else layers)
             ],
         )

@@ -21,6 +21,8 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{STYLE}</style>"
     yield "<h1>Audit in 4 bits</h1>"
+    if report.calibration is not None:
+        yield from _outputs(report.calibration)
     yield f'<p class="verdict">{escape(report.verdict)}</p>'
     yield "<dl>"
     for term, text in (
@@ -31,9 +33,9 @@ def _lines(report: AuditReport) -> Iterator[str]:
     ):
         yield f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>"
     yield "</dl>"
-    if report.calibration is not None:
-        yield from _outputs(report.calibration)
     yield from _totals(report)
+    if report.calibration is not None:
+        yield from _output_maps(report.calibration)
     yield from _heat_maps(report)
     yield from _unquantized(report)
     yield from _left_out(report)
@@ -105,7 +107,10 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
         "and tensors. Median, least: of the tensors. Flip law: what it expects of weights shipped in 16 bits. Share: "
         "of dw x, what arrives along its direction.</p>"
     )
-    yield "<h3>Signal to noise in dB, by layer and module</h3>"
+
+
+def _output_maps(calibration: Calibration) -> Iterator[str]:
+    yield "<h2>Signal to noise in the outputs in dB, by layer and module</h2>"
     yield from _legend(
         f"{_LOWEST_DB} dB", f"{_HIGHEST_DB} dB; lost: nothing arrives, the noise is the update itself; -: no update"
     )
@@ -124,8 +129,8 @@ def _heat_maps(report: AuditReport) -> Iterator[str]:
 def _legend(low: str, high: str) -> Iterator[str]:
     colors = ", ".join(color(i / 4) for i in range(5))
     yield (
-        f'<div class="legend">{low} <div class="bar" style="background: linear-gradient(90deg, {colors})"></div> '
-        f"{high}</div>"
+        f'<div class="legend"><span>{low}</span> <div class="bar" style="background: linear-gradient(90deg, {colors})">'
+        f"</div> {high}</div>"
     )
 
 
@@ -177,7 +182,7 @@ def _output_cell(layer: str, module: str, figures: OutputFigures | None) -> str:
     lost = figures.output_snr == 1 and figures.output_share == 0
     share = 0.0 if lost else (figures.output_snr_db - _LOWEST_DB) / (_HIGHEST_DB - _LOWEST_DB)
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
-    text = "lost" if lost else f"{figures.output_snr_db:.0f}"
+    text = "lost" if lost else str(round(figures.output_snr_db))
     return f'<td style="background: {color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
 
 
