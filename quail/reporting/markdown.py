@@ -76,9 +76,8 @@ def _ran(run: Run) -> str:
 
 
 def _name(method: Method) -> str:
-    name = method.name.replace("|", "/").replace("<", "&lt;")
-    short = name if len(name) <= _NAME else f"{name[: _NAME - 3]}..."
-    return short + ("\u2020" if method.not_reached else "")
+    short = method.name if len(method.name) <= _NAME else f"{method.name[: _NAME - 3]}..."
+    return short.replace("|", "/").replace("<", "&lt;") + ("\u2020" if method.not_reached else "")
 
 
 def _score(score: Score | None, run: Run) -> str:

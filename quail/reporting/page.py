@@ -295,7 +295,7 @@ def _layers(regime: Regime, format: str, audits: Sequence[Audit]) -> Iterator[st
     def decibels(key: str) -> Callable[[dict], tuple[float, str] | None]:
         def found(figures: dict) -> tuple[float, str] | None:
             value = figures.get(key)
-            return None if value is None else ((value - _WORST_DB) / (_BEST_DB - _WORST_DB), f"{value:.0f}")
+            return None if value is None else ((value - _WORST_DB) / (_BEST_DB - _WORST_DB), str(round(value)))
 
         return found
 
@@ -411,7 +411,7 @@ def _what_was_run(run: Run) -> Iterator[str]:
         ("cells", f"{run.cells} of {run.planned_cells} done"),
         ("seconds", f"{run.seconds:.0f} of computing, all cells together"),
         ("reported", f"the report half: {run.forget_examples} forget and {run.retain_examples} retain examples"),
-        ("selection", "used the validation half only: when training stops, and any choice of a method"),
+        ("selection", "on the validation half: when training stops; none of its figures are here"),
         ("stops at", _settings(content.get("stop"))),
         ("quantizers", ", ".join(run.quantizers)),
         ("4 bits", ", ".join(run.four_bits) or "none of them"),
