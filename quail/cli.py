@@ -120,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", metavar="FOLDER", help="where the recipe's data folder lies; default: $QUAIL_DATA")
     run.add_argument("--budget-minutes", type=float, metavar="N", help="stop before a cell that would end later")
     run.set_defaults(run=_run)
+
+    report = commands.add_parser("report", help="what a run found: a page, and Markdown")
+    report.add_argument("path", metavar="RUN", help="a run's folder or its RESULTS.json")
+    report.add_argument("--html", metavar="FILE", help="write a page that needs nothing beside it")
+    report.add_argument("--markdown", metavar="FILE", help="write the Markdown that is printed")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -319,6 +325,20 @@ def _run(args) -> int:
     )
     print(f"{outcome.done} of {outcome.planned} cells done; results: {out}/RESULTS.json")
     return 0
+
+
+def _report(args) -> None:
+    from .reporting import markdown, page, read_run
+
+    for option in ("html", "markdown"):
+        _refuse_to_overwrite(option, getattr(args, option))
+    run = read_run(args.path)
+    text = markdown(run)
+    if args.html:
+        _write("html", args.html, page(run))
+    if args.markdown:
+        _write("markdown", args.markdown, text)
+    print(text, end="")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -6,34 +6,8 @@ from html import escape
 
 from quail_kernels import get_format
 
+from ..pages import STYLE, color, table
 from .figures import AuditReport, Calibration, Figures, NotCompared, OutputFigures, count, percent
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1f2328; --faint: #656d76; --line: #d0d7de; --page: #fff; --cell: #eaeef2 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6edf3; --faint: #8d96a0; --line: #30363d; --page: #0d1117; --cell: #21262d }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
-       max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-p.verdict { border-left: 4px solid #0969da; padding: .2rem 1rem; max-width: 52rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
-dt, .note { color: var(--faint) } .note { overflow-wrap: anywhere } dd { margin: 0; overflow-wrap: anywhere }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
-table.heat { border-collapse: separate; border-spacing: 2px }
-table.heat td, table.heat th { border: 0; padding: .15rem .5rem; text-align: center }
-table.heat td:first-child { text-align: left }
-td.none { background: var(--cell) }
-.legend { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .5rem 0 }
-.legend span { white-space: nowrap }
-.bar { width: 12rem; height: .8rem; border-radius: 2px }
-"""
-# From nothing delivered to all of it, or from noise to signal; legible for the colour-blind: dark blue is all.
-_STOPS = ((178, 24, 43), (244, 165, 130), (247, 247, 247), (146, 197, 222), (33, 102, 172))
-
 
 _LOWEST_DB, _HIGHEST_DB = -40, 40
 
@@ -45,7 +19,7 @@ def page(report: AuditReport) -> str:
 def _lines(report: AuditReport) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{_STYLE}</style>"
+    yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{STYLE}</style>"
     yield "<h1>Audit in 4 bits</h1>"
     if report.calibration is not None:
         yield from _outputs(report.calibration)
@@ -97,7 +71,7 @@ def _totals(report: AuditReport) -> Iterator[str]:
             )
         )
     yield "<h2>By recipe</h2>"
-    yield from _table(header, rows)
+    yield from table(header, rows)
     yield (
         '<p class="note">dw: the update; dq: what it changes in the deployed values, each side on its own scales; '
         "s: the step of the weight's bucket. Delivered: &lt;dw, dq&gt; / |dw|&sup2;, what arrives along the direction "
@@ -127,7 +101,7 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
                 _or_dash(figures.output_share, lambda share: f"{percent(share)} %"),
             )
         )
-    yield from _table(header, rows)
+    yield from table(header, rows)
     yield (
         '<p class="note">Signal: dw x, with x the inputs of a layer; noise: (dq - dw) x; squares summed over tokens '
         "and tensors. Median, least: of the tensors. Flip law: what it expects of weights shipped in 16 bits. Share: "
@@ -143,7 +117,7 @@ def _output_maps(calibration: Calibration) -> Iterator[str]:
     yield from _maps(calibration.formats, calibration.layers, calibration.modules, calibration.cells, _output_cell)
     if calibration.not_measured:
         yield "<h3>Not measured on the text</h3>"
-        yield from _table(("tensor", "reason"), [(row.name, row.reason) for row in calibration.not_measured])
+        yield from table(("tensor", "reason"), [(row.name, row.reason) for row in calibration.not_measured])
 
 
 def _heat_maps(report: AuditReport) -> Iterator[str]:
@@ -153,7 +127,7 @@ def _heat_maps(report: AuditReport) -> Iterator[str]:
 
 
 def _legend(low: str, high: str) -> Iterator[str]:
-    colors = ", ".join(_color(i / 4) for i in range(5))
+    colors = ", ".join(color(i / 4) for i in range(5))
     yield (
         f'<div class="legend"><span>{low}</span> <div class="bar" style="background: linear-gradient(90deg, {colors})">'
         f"</div> {high}</div>"
@@ -193,7 +167,7 @@ def _cell(layer: str, module: str, figures: Figures | None) -> str:
     cosine = _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}")
     told += f"delivered {percent(share)} %, cosine {cosine}, |dq| / |dw| {figures.delivered_norm:.2g}"
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
-    style = f"background: {_color(share)}; color: {ink}"
+    style = f"background: {color(share)}; color: {ink}"
     return f'<td style="{style}" title="{escape(told)}">{100 * share:.0f}</td>'
 
 
@@ -209,24 +183,17 @@ def _output_cell(layer: str, module: str, figures: OutputFigures | None) -> str:
     share = 0.0 if lost else (figures.output_snr_db - _LOWEST_DB) / (_HIGHEST_DB - _LOWEST_DB)
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
     text = "lost" if lost else str(round(figures.output_snr_db))
-    return f'<td style="background: {_color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
+    return f'<td style="background: {color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
 
 
 def _decibels(ratio: float) -> str:
     return f"{10 * math.log10(ratio):.1f}"
 
 
-def _color(share: float) -> str:
-    at = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
-    low = min(int(at), len(_STOPS) - 2)
-    mixed = (round(a + (b - a) * (at - low)) for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True))
-    return f"rgb({', '.join(map(str, mixed))})"
-
-
 def _unquantized(report: AuditReport) -> Iterator[str]:
     rows = sorted(report.unquantized, key=lambda row: -row.change.mean_abs)
     yield "<h2>Left in full precision by the deployment</h2>"
-    yield from _table(
+    yield from table(
         ("tensor", "weights", "changed", "mean |dw|", "max |dw|"),
         [
             (
@@ -244,20 +211,10 @@ def _unquantized(report: AuditReport) -> Iterator[str]:
 def _left_out(report: AuditReport) -> Iterator[str]:
     rows: list[NotCompared] = [row for row in report.not_compared if row.change is None]
     yield "<h2>Not compared</h2>"
-    yield from _table(
+    yield from table(
         ("tensor", "weights", "recipe", "reason"),
         [(row.name, count(row.weights), row.format or "all", row.reason) for row in rows],
     )
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    if not rows:
-        yield "<p>None.</p>"
-        return
-    yield '<div class="scroll"><table>'
-    for tag, row in (("th", header), *(("td", row) for row in rows)):
-        yield f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in row)}</tr>"
-    yield "</table></div>"
 
 
 def _or_dash(number: float | None, text) -> str:
