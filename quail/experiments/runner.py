@@ -26,6 +26,7 @@ from .tasks import TASKS, Task
 
 SCHEMA = 1
 _DIGITS = 4  # of the figures in RESULTS.json; cells have six
+_OF_A_LAYERS_OUTPUT = ("output_snr", "output_snr_db", "output_snr_flip_law", "output_cosine", "output_share")
 _OF_A_LAYER = ("code_overlap", "value_overlap", "predicted_flip_share", "delivered_share", "delivered_cosine")
 
 
@@ -249,7 +250,12 @@ class _Runner:
         from ..auditing import audit
 
         before, after = (str(self.store.checkpoint(each)) for each in (cell.parent.parent, cell.parent))
-        return _audit_summary(audit(before, after, tuple(self.recipe.audit)))
+        tokenizer = self.task.load_tokenizer(after)
+        self.task.prepare(tokenizer)
+        # What is to be forgotten, of the half that nothing is reported of.
+        ids = [row["input_ids"] for row in self.task.forget_rows[::2]]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return _audit_summary(audit(before, after, tuple(self.recipe.audit), calibration=texts, progress=False))
 
     def _score(self, cell: Cell) -> dict:
         from .. import quantizers
@@ -284,16 +290,26 @@ def _fits(only: str, regime: str, method: str) -> bool:
 
 def _audit_summary(report) -> dict:
     """By format what the audit shows of the model, and of each layer what could foretell the recovery."""
-    found = {}
+    from ..auditing.predictors import predictors
+
+    measured, found = report.calibration, {}
     for name, row in report.formats.items():
         figures = dataclasses.asdict(row.figures) if row.figures else {}
-        layers = [
-            {"layer": each.layer} | {key: getattr(each.figures, key) for key in _OF_A_LAYER}
+        layers = {
+            each.layer: {"layer": each.layer} | {key: getattr(each.figures, key) for key in _OF_A_LAYER}
             for each in report.layers
             if each.format == name
-        ]
+        }
+        for each in measured.layers:
+            if each.format == name and each.layer in layers:
+                of_outputs = dataclasses.asdict(each.figures)
+                layers[each.layer]["outputs"] = {key: of_outputs[key] for key in _OF_A_LAYERS_OUTPUT}
         lost = {"lost_tensors": row.lost_tensors, "lost_layers": len(row.lost_layers)}
-        found[name] = {"shipped_in": row.shipped_in} | lost | figures | {"layers": layers}
+        found[name] = {"shipped_in": row.shipped_in} | lost | figures | {"layers": list(layers.values())}
+        if measured.formats.get(name):
+            found[name]["outputs"] = dataclasses.asdict(measured.formats[name])
+        if row.figures and row.figures.delivered_share is not None:
+            found[name]["predictors"] = predictors(report, name)
     return found
 
 
