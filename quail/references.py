@@ -1,19 +1,28 @@
 """Where the original model's logits come from while its copy unlearns."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .losses import answer_logits
+from .losses import answer_logits, answer_states
 
 
 class Reference(Protocol):
-    """Anything that gives the original model's aligned logits and labels for a batch, without a graph."""
+    """Anything that gives what the original model does for a batch, without a graph.
+
+    ``model`` is the module that a call runs; called, it gives aligned logits and labels as ``losses.answer_logits``,
+    and ``states`` what ``losses.answer_states`` does.
+    """
+
+    model: nn.Module
 
     def __call__(self, batch: Mapping) -> tuple[Tensor, Tensor]: ...
+
+    def states(self, batch: Mapping, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 class FrozenReference:
@@ -28,10 +37,17 @@ class FrozenReference:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping) -> tuple[Tensor, Tensor]:
+        return answer_logits(self._beside(batch), batch)
+
+    @torch.no_grad()
+    def states(self, batch: Mapping, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return answer_states(self._beside(batch), batch, layer)
+
+    def _beside(self, batch: Mapping) -> nn.Module:
         device = batch["labels"].device
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        return answer_logits(self.model, batch)
+        return self.model
 
 
 class AdapterOffReference:
@@ -44,11 +60,21 @@ class AdapterOffReference:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping) -> tuple[Tensor, Tensor]:
+        with self._off():
+            return answer_logits(self.model, batch)
+
+    @torch.no_grad()
+    def states(self, batch: Mapping, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with self._off():
+            return answer_states(self.model, batch, layer)
+
+    @contextlib.contextmanager
+    def _off(self) -> Iterator[None]:
         training = self.model.training
         self.model.eval()
         try:
             with self.model.disable_adapter():
-                return answer_logits(self.model, batch)
+                yield
         finally:
             self.model.train(training)
 

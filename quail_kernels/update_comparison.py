@@ -294,8 +294,7 @@ class UpdateTally:
     def results(self) -> dict[str, UpdateComparison]:
         """By name, of the blocks so far; nothing of no block."""
         return {
-            name: tally.result(self._weights, self._groups[name], self._device)
-            for name, tally in self._tallies.items()
+            name: tally.result(self._weights, self._groups[name], self._device) for name, tally in self._tallies.items()
         }
 
 

@@ -47,6 +47,30 @@ def test_unlearn_leaves_an_ordinary_checkpoint(unlearned):
     assert not list(unlearned.parent.glob("out.*"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--lora-rank", 4),
+        ("--set", "forget_loss=idk", "--set", "fake_quant=mixed", "--set", "fake_quant_on=forget"),
+        ("--config", "recipe.yaml"),
+    ],
+    ids=("lora", "idk", "yaml"),
+)
+def test_every_method_leaves_an_ordinary_checkpoint(tiny_checkpoint, sets, tmp_path, options):
+    recipe = "forget_loss: dpo\nretain_loss: klr\nmargin_mode: calibrated\nhinge_space: log_probs\nhinge_norm: label\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + "saliency: neuron\nfloor_format: bnb-nf4\n")
+    options = [tmp_path / option if option == "recipe.yaml" else option for option in options]
+    done = quail(
+        *("unlearn", "--model", tiny_checkpoint, "--forget", sets / "forget.json", "--out", tmp_path / "out"),
+        *("--retain", sets / "retain.json", "--set", "max_steps=2", "--set", "per_device_train_batch_size=2", *options),
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_checkpoint, tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and any(not after[name].equal(w) for name, w in before.items())
+
+
 def test_audit_counts_what_unlearning_moved(tiny_checkpoint, unlearned, tmp_path):
     done = quail("audit", tiny_checkpoint, unlearned, "--json", tmp_path / "audit.json")
     assert done.returncode == 0, done.stderr
@@ -117,7 +141,15 @@ def bad_inputs(model, sets, tmp_path):
         "missing file": ((*unlearn, "--forget", tmp_path / "none.json"), "No such file"),
         "unknown loss": ((*unlearn, "--forget", forget, "--set", "forget_loss=sgd"), "forget_loss"),
         "wrong type": ((*unlearn, "--forget", forget, "--set", "learning_rate=fast"), "learning_rate: expected float"),
-        "no quantizer": (("evaluate", model, "--forget", forget, "--quantizers", ","), "expected some of"),
+        "no quantizer": (("evaluate", model, "--forget", forget, "--quantizers", ","), "expected one of"),
+        "missing refusals": (
+            (*unlearn, "--forget", forget, "--set", f"idk_answers={tmp_path}/none.txt"),
+            "none.txt: expected a UTF-8 text file",
+        ),
+        "unknown floor": (
+            (*unlearn, "--forget", forget, "--set", "floor_format=int3"),
+            "floor_format: expected one of",
+        ),
         "unknown field": ((*unlearn, "--forget", forget, "--set", "colour=red"), "colour"),
         "no such model": (("evaluate", tmp_path / "none", "--forget", forget), "expected"),
         "OUT taken": (
@@ -133,6 +165,8 @@ CASES += (
     "unknown loss",
     "wrong type",
     "no quantizer",
+    "missing refusals",
+    "unknown floor",
     "unknown field",
     "no such model",
     "OUT taken",

@@ -8,7 +8,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from quail.data import Example, UnlearningCollator, UnlearningDataset, collate, encode, load_examples
+from quail.data import (
+    Example,
+    UnlearningCollator,
+    UnlearningDataset,
+    collate,
+    encode,
+    encode_classes,
+    load_examples,
+    load_refusals,
+    with_refusals,
+)
 
 LAYOUTS = [
     ({"question": "Who?", "answer": "Ada "}, Example("Question: Who?\nAnswer:", " Ada")),
@@ -163,3 +173,63 @@ def test_collator_nests_pairs_and_takes_flat_rows():
     assert set(batch) == {"forget", "retain"} and batch["forget"]["input_ids"].shape == (2, 3)
     assert batch["retain"]["labels"].tolist() == [[-100, 5, 6]] * 2
     assert UnlearningCollator(0)(rows)["labels"].shape == (2, 3)
+
+
+def test_refusals_of_the_package_and_of_a_file(tmp_path):
+    own = load_refusals()
+    assert len(own) == len(set(own)) >= 20 and all(line == line.strip() and len(line) < 80 for line in own)
+    (tmp_path / "idk.txt").write_text("No idea.\n\n  Ask someone else. \n", encoding="utf-8")
+    assert load_refusals(tmp_path / "idk.txt") == ["No idea.", "Ask someone else."]
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name, message in (("empty.txt", "at least one refusal"), ("none.txt", "a UTF-8 text file; got No such")):
+        with pytest.raises(ValueError, match=f"{name}: expected {message}[^\n]*$"):
+            load_refusals(tmp_path / name)
+
+
+def test_every_example_gets_every_refusal_once():
+    examples = [Example(f"Question: {i}?\nAnswer:", " x") for i in range(5)] + [Example("I am", "\nAda")]
+    refusals = ["a", "b", "c", "d"]
+    rows = with_refusals(examples, refusals, seed=2)
+    assert rows == with_refusals(examples, refusals, seed=2) != with_refusals(examples, refusals, seed=3)
+    assert [row.prompt for row in rows] == 4 * [example.prompt for example in examples]
+    for i in range(6):
+        assert sorted(row.completion.strip() for row in rows[i::6]) == refusals
+    assert all(row.completion[0] == "\n" for row in rows[5::6]) and rows[0].completion[0] == " "
+    assert len({row.completion for row in rows[:5]}) > 1
+    with pytest.raises(ValueError, match="^example 2: expected a prompt to answer with a refusal; got a text without$"):
+        with_refusals([Example("a", "b"), Example("", "b")], refusals)
+
+
+def test_refusals_change_with_the_epoch():
+    forget = [{"input_ids": [i, i], "labels": [-100, i]} for i in range(3)]
+    idk = [{"input_ids": [i, 9], "labels": [-100, 9 + turn]} for turn in range(2) for i in range(3)]
+    dataset = UnlearningDataset(forget, idk=idk)
+    for epoch, turn in enumerate((0, 1, 0)):
+        dataset.set_epoch(epoch)
+        items = [dataset[i] for i in range(3)]
+        assert [item["idk"]["input_ids"][0] for item in items] == [0, 1, 2]
+        assert {item["idk"]["labels"][1] for item in items} == {9 + turn}
+    batch = UnlearningCollator(0)([dataset[0], dataset[1]])
+    assert set(batch) == {"forget", "idk"} and batch["idk"]["input_ids"].shape == (2, 2)
+    for wrong in ([], idk[:4]):
+        with pytest.raises(ValueError, match=f"^idk: expected a multiple of 3 examples, or None; got {len(wrong)}$"):
+            UnlearningDataset(forget, idk=wrong)
+
+
+def test_classes_are_encoded_and_padded_on_the_right():
+    rows = encode_classes(["a b c d e", "a b"], [1, 0], tokenizer(), max_length=3)
+    assert rows[0]["input_ids"] == [4, 5, 6] and rows[0]["label"] == 1 and rows[1]["input_ids"] == [4, 5]
+    batch = collate(rows, pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[4, 5, 6], [4, 5, 0]] and batch["labels"].tolist() == [1, 0]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    typed = [
+        {"input_ids": [4, 5], "token_type_ids": [0, 1], "label": 2},
+        {"input_ids": [4], "token_type_ids": [1], "label": 0},
+    ]
+    batch = UnlearningCollator(7)(typed)
+    assert batch["token_type_ids"].tolist() == [[0, 1], [1, 0]] and batch["input_ids"].tolist() == [[4, 5], [4, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    nested = UnlearningCollator(0)([UnlearningDataset(rows, typed)[0]])
+    assert nested["retain"]["labels"].shape == (1,) and set(nested) == {"forget", "retain"}
+    with pytest.raises(ValueError, match="^labels: expected one for each of 1 texts; got 2$"):
+        encode_classes(["a"], [1, 2], tokenizer())

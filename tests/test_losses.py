@@ -61,6 +61,121 @@ def test_npo_is_the_formula_of_the_paper(case):
         )
 
 
+def one_answer(probability, tokens=1):
+    """Logits of two words, [1, tokens, 2], under which the label 0 has that probability at every token."""
+    p = torch.tensor(probability)
+    return torch.stack([p.log(), (1 - p).log()]).expand(1, tokens, 2).clone().requires_grad_()
+
+
+ZEROS = torch.zeros(1, 1, dtype=torch.long)
+
+
+def test_simnpo_on_values_by_hand():
+    # beta = 2, p = 1/4: -2/2 * log sigmoid(-2 log(1/4)) = -log(16 / 17), whatever the length.
+    for tokens in (1, 3):
+        labels = torch.zeros(1, tokens, dtype=torch.long)
+        loss = losses.simnpo(one_answer(0.25, tokens), labels, beta=2.0)
+        torch.testing.assert_close(loss, torch.tensor(17 / 16).log())
+    # A margin of log 2 halves the odds: sigmoid(log 16 - log 2) = 8 / 9.
+    loss = losses.simnpo(one_answer(0.25), ZEROS, beta=2.0, gamma=torch.tensor(2.0).log().item())
+    torch.testing.assert_close(loss, torch.tensor(9 / 8).log())
+
+
+def test_simnpo_weighs_tokens_by_the_length_of_their_answer(case):
+    logits, _, labels = case
+    # Answers that are known: of unknown ones there is nothing to forget, and hardly a gradient.
+    logits = (logits + 6 * F.one_hot(labels.clamp(min=0), VOCAB)).requires_grad_()
+    losses.simnpo(logits, labels, beta=4.5, gamma=0.3).backward()
+    terms = []
+    for mine in naive_log_probs(logits, labels):
+        reward = -4.5 * torch.stack(mine).mean() - 0.3
+        terms.append(-2 / 4.5 * torch.log(torch.sigmoid(reward)))
+    torch.testing.assert_close(losses.simnpo(logits, labels, 4.5, 0.3), torch.stack(terms).mean())
+    # Descent on it lowers every label's log-probability, and touches nothing that is no answer.
+    moved = losses.token_log_probs(logits - 0.1 * logits.grad, labels) < losses.token_log_probs(logits, labels)
+    assert moved[labels >= 0].all() and not logits.grad[labels < 0].any()
+
+
+def test_dpo_on_values_by_hand():
+    # p / p_ref of the answer: (1/4) / (1/2); of the refusal, two tokens: ((1/2) / (1/4)) ** 2 = 4.
+    # beta = 1: sigmoid(log 4 - log 1/2) = 8 / 9.
+    two = torch.zeros(1, 2, dtype=torch.long)
+    answer, refusal = (one_answer(0.25), one_answer(0.5), ZEROS), (one_answer(0.5, 2), one_answer(0.25, 2), two)
+    torch.testing.assert_close(losses.dpo(*answer, *refusal, beta=1.0), 2 * torch.tensor(9 / 8).log())
+    # beta = 1/2: sigmoid(log 8 / 2), times 2 / beta.
+    torch.testing.assert_close(losses.dpo(*answer, *refusal, beta=0.5), 4 * torch.tensor(1 + 8**-0.5).log())
+
+
+def test_dpo_without_a_preference_is_npo(case):
+    logits, ref_logits, labels = case
+    same = (logits, logits, labels)
+    torch.testing.assert_close(
+        losses.dpo(logits, ref_logits, labels, *same, beta=0.3), losses.npo(logits, ref_logits, labels, 0.3)
+    )
+
+
+def test_dpo_starts_with_the_gradients_of_both_sides(case):
+    logits, _, labels = case
+    answer, refusal = logits.clone().requires_grad_(), (logits + 0).flip(0).detach().requires_grad_()
+    losses.dpo(answer, logits, labels, refusal, refusal.detach(), labels, beta=0.1).backward()
+    expected = losses.token_log_probs(answer, labels).sum() / len(labels)
+    torch.testing.assert_close(answer.grad, torch.autograd.grad(expected, answer)[0])
+    expected = -losses.token_log_probs(refusal, labels).sum() / len(labels)
+    torch.testing.assert_close(refusal.grad, torch.autograd.grad(expected, refusal)[0])
+
+
+def test_rmu_on_values_by_hand():
+    states = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[0.0, 2.0], [9.0, 9.0]]], requires_grad=True)
+    control, kept = torch.tensor([1.0, 2.0]), torch.tensor([[True, True], [True, False]])
+    # Squares over 2 dimensions: 4/2, (4 + 4)/2; 1/2. Example means 3 and 0.5.
+    loss = losses.rmu(states, control, kept)
+    assert loss.item() == 1.75
+    loss.backward()
+    # (h - c u) / (tokens of the example * examples): a step against it leads to the control vector.
+    assert states.grad.tolist() == [[[0.0, -0.5], [0.5, 0.5]], [[-0.5, 0.0], [0.0, 0.0]]]
+    assert losses.embed_diff(states, states, kept) == 0
+    assert losses.embed_diff(states, states + 1, kept).item() == pytest.approx(1)
+
+
+def test_the_control_vector():
+    control = losses.rmu_control(64, 6.5, seed=3)
+    assert control.norm().item() == pytest.approx(6.5) and (control >= 0).all() and control.std() > 0.1
+    assert torch.equal(control, losses.rmu_control(64, 6.5, seed=3))
+    assert not torch.equal(control, losses.rmu_control(64, 6.5, seed=4))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_states_are_what_the_block_gave_where_answers_are_predicted(make):
+    model, encoded, seen = make(), rows([(4, 3), (6, 1), (2, 5), (0, 4)]), []
+    block = model.model.layers[0] if make is llama else model.transformer.h[0]
+    block.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    batch = collate(encoded, 0)
+    logits, labels, states, kept = losses.answer_states(model, batch, 0)
+    torch.testing.assert_close(logits, losses.answer_logits(model, batch)[0])
+    assert torch.equal(kept, labels >= 0) and torch.equal(labels, losses.aligned_labels(batch))
+    keep = batch["logits_to_keep"]
+    assert torch.equal(states, seen[0][:, -keep:-1])
+    # Row 1: the last token of the prompt predicts its only answer.
+    assert kept[1].sum() == 1
+    assert torch.equal(states[1][kept[1]][0], seen[0][1, -2])
+
+
+def test_rms_difference_on_values_by_hand():
+    labels = torch.tensor([[0, -100]])
+    a = torch.tensor([[[3.0, 4.0], [100.0, 0.0]]])
+    b = torch.zeros(1, 2, 2)
+    values = {"per_logit": 12.5**0.5, "l2": 5.0, "linf": 4.0, "label": 3.0}
+    for norm, expected in values.items():
+        assert losses.rms_difference([(a, b, labels)], norm) == pytest.approx(expected)
+        shifted = losses.rms_difference([(a + 7, a, labels)], norm, "log_probs")
+        assert shifted == pytest.approx(0, abs=1e-5)
+    # A mean over the tokens of all batches, not of batches.
+    other = torch.zeros(1, 3, dtype=torch.long)
+    pairs = [(a, b, labels), (torch.ones(1, 3, 2), torch.zeros(1, 3, 2), other)]
+    assert losses.rms_difference(pairs, "label") == pytest.approx(((9 + 1 + 1 + 1) / 4) ** 0.5)
+    assert losses.rms_difference([(a, b, torch.full_like(labels, -100))]) == 0
+
+
 def test_npo_stays_finite_far_from_the_reference(case):
     logits, ref_logits, labels = case
     logits = (logits * 1e3).requires_grad_()
@@ -87,6 +202,9 @@ def test_count_adds_parts_up_to_the_whole(case):
         (lambda s, **k: losses.nll(logits[s], labels[s], **k), tokens),
         (lambda s, **k: losses.kl_to_reference(logits[s], ref[s], labels[s], **k), tokens),
         (lambda s, **k: losses.npo(logits[s], ref[s], labels[s], **k), examples),
+        (lambda s, **k: losses.simnpo(logits[s], labels[s], **k), examples),
+        (lambda s, **k: losses.dpo(logits[s], ref[s], labels[s], ref[s], logits[s], labels[s], **k), examples),
+        (lambda s, **k: losses.embed_diff(logits[s], ref[s], labels[s] >= 0, **k), examples),
     ):
         parts = sum(loss(slice(i, i + 1), count=count) for i in range(3))
         torch.testing.assert_close(parts, loss(slice(None)))

@@ -1,7 +1,7 @@
-"""What several test files train and measure on: a random two-layer Llama, and encoded rows of random tokens."""
+"""What several test files train and measure on: a random two-layer Llama and BERT, and rows of random tokens."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 VOCAB = 128
 
@@ -28,3 +28,33 @@ def rows(lengths, seed=0):
         ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return made
+
+
+def bert(seed=0, labels=3, **options):
+    """A random two-layer BERT with a head for as many classes, without dropout."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=labels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **options,
+    )
+    return BertForSequenceClassification(config)
+
+
+def class_rows(lengths, seed=0, labels=3):
+    """One row of a classifier for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "input_ids": torch.randint(3, VOCAB, (length,), generator=generator).tolist(),
+            "label": int(torch.randint(labels, (), generator=generator)),
+        }
+        for length in lengths
+    ]

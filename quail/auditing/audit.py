@@ -34,10 +34,10 @@ import os
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ from quail_kernels import get_format
 from quail_kernels.formats import WEIGHT_DTYPES, Format, check_shape
 from quail_kernels.update_comparison import Range, UpdateComparison, UpdateTally, join_ranges
 
+from . import calibration as calibrating
 from .adapters import ADAPTER, ADAPTER_CONFIG, open_adapter
 from .checkpoints import INDEX, SINGLE, Checkpoint, Stored, Transposed, one_line, open_safetensors, some
 from .figures import (
@@ -81,6 +82,8 @@ def audit(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     workers: int | None = None,
+    calibration: str | os.PathLike | Sequence[str] | None = None,
+    calibration_tokens: int = calibrating.DEFAULT_TOKENS,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> AuditReport:
@@ -95,6 +98,11 @@ def audit(
             if it is bfloat16 or float16, else BEFORE's if it is, else bfloat16.
         device: where weights are compared; None takes the first CUDA device, or the CPU where there is none.
         workers: how many tensors are compared at a time; None takes one a core, 16 at most.
+        calibration: a text that AFTER, not quantized, reads, so that the report says what arrives of the update in
+            the layers' outputs: a text file, a JSON set as ``quail.data.load_examples`` reads it, or a list of texts.
+            It takes the memory of one model, and of the inputs of its layers: ``calibration_tokens`` of each, or as
+            many as the layer is wide, if those are fewer.
+        calibration_tokens: how many tokens are read at most, evenly spread over the text.
         resume: a file that keeps what is done: an audit of the same files with the same arguments goes on from it.
             It is removed at the end.
         progress: a bar on standard error, where that is a terminal.
@@ -114,6 +122,9 @@ def audit(
         raise ValueError(f"dtype: expected float32, bfloat16, float16 or None; got {_short(dtype)}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers: expected 1 or more; got {workers}")
+    if calibration_tokens < 1:
+        raise ValueError(f"calibration_tokens: expected 1 or more; got {calibration_tokens}")
+    texts = None if calibration is None else calibrating.read_texts(calibration)
     device = _device(device)
     with ExitStack() as resources:
         old = _open("BEFORE", before, resources)
@@ -126,12 +137,21 @@ def audit(
         compared = [pair for pair in pairs if pair.kept_as is None]
         dtype = dtype or _deployment_dtype(compared)
         arguments = {"before": old.fingerprint, "after": new.fingerprint, "formats": formats, "dtype": _short(dtype)}
+        sequences, inputs, not_measured = None, {}, ()
+        if texts is not None and compared:
+            model = calibrating.load_model(new, dtype, device)
+            sequences = calibrating.encode_texts(*texts, (after, before), model, calibration_tokens)
+            arguments["calibration"] = sequences.fingerprint
         journal = resources.enter_context(Journal(resume, arguments)) if resume is not None else None
+        if sequences is not None:
+            shapes = {pair.name: pair.before.matrix_shape for pair in compared}
+            inputs, not_measured = calibrating.read_inputs(model, sequences, shapes, progress)
+            del model
         tally = _Tally(formats, not_compared)
         weights = sum(pair.weights for pair in pairs)
         hidden = None if progress else True  # None: hidden where standard error is no terminal
         with tqdm(desc="audit", total=weights, unit=" weights", unit_scale=True, disable=hidden) as bar:
-            run = _Run(formats, dtype, device, journal, bar.update)
+            run = _Run(formats, dtype, device, journal, bar.update, inputs)
             with closing(run.all_found(pairs, workers)) as all_found:
                 for found in all_found:
                     tally.add(found)
@@ -153,6 +173,9 @@ def audit(
         cells=tally.rows(lambda layer, module: (f"{layer}.{module}".strip("."), layer, module)),
         tensors=tuple(tally.tensors),
         not_compared=tuple(sorted(not_compared, key=lambda row: (row.name, row.format or ""))),
+        calibration=calibrating.summary(sequences, formats, tally.measured, not_measured, _by_number)
+        if sequences is not None
+        else None,
     )
 
 
@@ -267,6 +290,7 @@ class Found:
         left_out: by recipe why it was not compared; under None, of all recipes.
         change: of a tensor that the deployment leaves in full precision.
         windows, windows_of_few_values: neighbours of BEFORE in a sample, and those that hold no more than 16 values.
+        outputs: by recipe what arrives in the layer's output, where there is a calibration.
     """
 
     name: str
@@ -276,6 +300,7 @@ class Found:
     change: Change | None = None
     windows: int = 0
     windows_of_few_values: int = 0
+    outputs: dict[str, calibrating.OutputSums] = field(default_factory=dict)
 
 
 class _Stopped(Exception):
@@ -296,12 +321,14 @@ class _Run:
         device: torch.device,
         journal: Journal | None,
         advance: Callable[[int], object],
+        inputs: dict[str, calibrating.Inputs],
     ):
         self._recipes: dict[str, Format] = {name: get_format(name) for name in formats}
         self._dtype = dtype
         self._device = device
         self._journal = journal
         self._advance = advance
+        self._inputs = inputs
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
@@ -358,6 +385,9 @@ class _Run:
                 tally.add(x, y, starts)
                 if not tally.is_finite:
                     self._refuse_broken(x, y)
+                if inputs := self._inputs.get(pair.name):
+                    for name, sums in calibrating.output_sums(inputs, x, y, recipes, ranges).items():
+                        found.outputs[name] = found.outputs.get(name, calibrating.OutputSums()) + sums
                 self._tell(x.numel())
             found.comparisons = tally.results()
         except _Broken as broken:
@@ -432,6 +462,7 @@ class _Tally:
         self.formats = formats
         self.not_compared = not_compared
         self.tensors: list[Row] = []
+        self.measured: list[calibrating.Measured] = []
         self._cells: dict[tuple[str, str, str], tuple[int, UpdateComparison]] = {}
         self._windows, self._windows_of_few_values = 0, 0
 
@@ -447,6 +478,8 @@ class _Tally:
             # Not the comparison itself: small tensors of a worker would keep its arena from giving memory back.
             sum_of_cell = copy.deepcopy(comparison) if so_far is None else so_far + comparison
             self._cells[cell] = (tensors + 1, sum_of_cell)
+        for format, sums in found.outputs.items():
+            self.measured.append(calibrating.Measured(found.name, layer, module, format, sums))
         self._windows += found.windows
         self._windows_of_few_values += found.windows_of_few_values
 

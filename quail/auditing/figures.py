@@ -140,6 +140,78 @@ class NotCompared:
 
 
 @dataclass(frozen=True)
+class OutputFigures:
+    """What arrives of the update in the outputs of one linear layer, or of several together, on calibration text.
+
+    With x the inputs of a layer, dW the update that was trained and D the delivered one (calibration.py has the
+    formulas). Sums are over tokens, and over layers where they are several.
+
+    Attributes:
+        signal, noise: sums of ||dW x||^2 and ||(D - dW) x||^2.
+        output_snr: signal / noise, between 1e-12 and 1e12; 1 where nothing arrives, None where dW x = 0 = D x.
+        output_snr_db: the same in decibels, 10 log10.
+        output_snr_median, output_snr_min: over the tensors.
+        output_snr_flip_law: what the flip law expects of output_snr for weights that lie anywhere in their buckets.
+        output_cosine: between D x and dW x; 0 where D x = 0, None where dW x = 0.
+        output_share: <D x, dW x> / ||dW x||^2, the part of the update that arrives along its own direction; None
+            where dW x = 0.
+    """
+
+    signal: float
+    noise: float
+    output_snr: float | None
+    output_snr_db: float | None
+    output_snr_median: float | None
+    output_snr_min: float | None
+    output_snr_flip_law: float | None
+    output_cosine: float | None
+    output_share: float | None
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """``OutputFigures`` of a tensor, a layer, a type of module, or a cell of both; fields as those of ``Row``."""
+
+    name: str
+    layer: str
+    module: str
+    format: str
+    tensors: int
+    figures: OutputFigures
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A weight that was compared, and that calibration text told nothing of."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What AFTER, not quantized, showed of the update while it read a text.
+
+    Attributes:
+        source: the text's file, or ``"texts"``.
+        sequences, tokens: what was read of it.
+        formats: of all measured tensors, by recipe; None where there are none.
+        layers, modules, cells, tensors: as of ``AuditReport``.
+        not_measured: the compared weights that were not, each with the reason.
+    """
+
+    source: str
+    sequences: int
+    tokens: int
+    formats: dict[str, OutputFigures | None]
+    layers: tuple[OutputRow, ...]
+    modules: tuple[OutputRow, ...]
+    cells: tuple[OutputRow, ...]
+    tensors: tuple[OutputRow, ...]
+    not_measured: tuple[NotMeasured, ...]
+
+
+@dataclass(frozen=True)
 class AuditReport:
     """What ``audit`` found. README.md beside this file has the schema of its JSON.
 
@@ -152,6 +224,7 @@ class AuditReport:
         layers, modules, cells: a row a recipe and layer, module type, and layer and module type.
         tensors: a row a tensor and recipe.
         not_compared: what was left out, and why.
+        calibration: what arrives in the layers' outputs; None without a text.
     """
 
     before: str
@@ -166,6 +239,7 @@ class AuditReport:
     cells: tuple[Row, ...]
     tensors: tuple[Row, ...]
     not_compared: tuple[NotCompared, ...]
+    calibration: Calibration | None = None
 
     @property
     def unquantized(self) -> tuple[NotCompared, ...]:
@@ -196,8 +270,11 @@ class AuditReport:
         return " ".join([*findings, f"{limit}."])
 
     def to_dict(self) -> dict:
-        """Everything as JSON types, under a versioned ``schema``."""
-        return {"schema": SCHEMA, "verdict": self.verdict, **asdict(self)}
+        """Everything as JSON types, under a versioned ``schema``; ``calibration`` only where there was one."""
+        everything = {"schema": SCHEMA, "verdict": self.verdict, **asdict(self)}
+        if self.calibration is None:
+            del everything["calibration"]
+        return everything
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
@@ -274,6 +351,10 @@ def figures_of(comparison: UpdateComparison) -> Figures:
 
 def figure_names() -> tuple[str, ...]:
     return tuple(entry.name for entry in fields(Figures))
+
+
+def output_figure_names() -> tuple[str, ...]:
+    return tuple(entry.name for entry in fields(OutputFigures) if entry.name.startswith("output"))
 
 
 def percent(share: float) -> str:

@@ -4,7 +4,7 @@ import operator
 import re
 from dataclasses import dataclass
 
-from .figures import AuditReport, figure_names
+from .figures import AuditReport, figure_names, output_figure_names
 
 _OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _COUNTS = ("lost_tensors", "lost_layers", "tensors")
@@ -18,8 +18,8 @@ class Gate:
     Attributes:
         text: as it was written.
         format: the recipe that it is about, as it was asked for; None: every one.
-        figure: a field of ``Figures``, for all compared tensors together, or ``lost_tensors``, ``lost_layers`` or
-            ``tensors`` of ``FormatRow``.
+        figure: a field of ``Figures``, for all compared tensors together, ``lost_tensors``, ``lost_layers`` or
+            ``tensors`` of ``FormatRow``, or one of ``OutputFigures`` that starts with output.
         operator: ``<``, ``<=``, ``>`` or ``>=``.
         limit: a number.
     """
@@ -40,6 +40,9 @@ class Gate:
                 value = len(row.lost_layers)
             elif self.figure in _COUNTS:
                 value = getattr(row, self.figure)
+            elif self.figure in output_figure_names():
+                outputs = report.calibration and report.calibration.formats[format]
+                value = outputs and getattr(outputs, self.figure)
             else:
                 value = None if row.figures is None else getattr(row.figures, self.figure)
             if value is None:
@@ -49,11 +52,12 @@ class Gate:
         return lines
 
 
-def parse_gate(text: str, formats: tuple[str, ...]) -> Gate:
-    """A gate of its text.
+def parse_gate(text: str, formats: tuple[str, ...], calibrated: bool = True) -> Gate:
+    """A gate of its text; ``calibrated``: whether the audit will have a calibration.
 
     Raises:
-        ValueError: in one line, on what is no condition, names no figure, or a recipe that is not among ``formats``.
+        ValueError: in one line, on what is no condition, names no figure, a recipe that is not among ``formats``,
+            or a figure of the outputs without a calibration.
     """
     match = _GATE.fullmatch(text)
     try:
@@ -62,9 +66,11 @@ def parse_gate(text: str, formats: tuple[str, ...]) -> Gate:
         limit = None
     if limit is None or limit != limit:
         raise ValueError(f"fail-if: expected a condition as 'delivered_share<0.5' or 'bnb-nf4:changed>0'; got {text!r}")
-    names = (*figure_names(), *_COUNTS)
+    names = (*figure_names(), *_COUNTS, *output_figure_names())
     if match["figure"] not in names:
         raise ValueError(f"fail-if: expected one of {', '.join(names)}; got {match['figure']!r}")
+    if match["figure"] in output_figure_names() and not calibrated:
+        raise ValueError(f"fail-if: expected a calibration for {match['figure']}; got none")
     if match["format"] not in (None, *formats):
         raise ValueError(f"fail-if: expected a recipe of this audit, {', '.join(formats)}; got {match['format']!r}")
     return Gate(text.strip(), match["format"], match["figure"], match["operator"], limit)

@@ -55,6 +55,7 @@ class Journal:
     def find(self, name: str):
         """What was found of a tensor, or None."""
         from .audit import Found
+        from .calibration import OutputSums
         from .figures import Change
 
         entry = self._done.get(name)
@@ -68,6 +69,7 @@ class Journal:
             change=Change(**entry["change"]) if entry["change"] else None,
             windows=entry["windows"],
             windows_of_few_values=entry["windows_of_few_values"],
+            outputs={format: OutputSums(**sums) for format, sums in entry["outputs"].items()},
         )
 
     def add(self, found) -> None:
@@ -79,6 +81,7 @@ class Journal:
             "change": vars(found.change) if found.change else None,
             "windows": found.windows,
             "windows_of_few_values": found.windows_of_few_values,
+            "outputs": {format: vars(sums) for format, sums in found.outputs.items()},
         }
         with self._lock:
             self._write(entry)

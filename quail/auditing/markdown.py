@@ -1,12 +1,13 @@
 """The report as Markdown that fits a terminal of 80 columns."""
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
 
 from quail_kernels import get_format
 
-from .figures import AuditReport, Row, count, percent
+from .figures import AuditReport, Calibration, Row, count, percent
 
 _COLUMNS, _LISTED = 80, 8
 
@@ -23,6 +24,8 @@ def _lines(report: AuditReport) -> Iterator[str]:
     stored = " and ".join(dict.fromkeys(", ".join(side) for side in (report.stored_before, report.stored_after)))
     yield from _wrap(f"- compared in {report.dtype}, as a deployment loads them; stored as {stored}", indent="  ")
     yield from _wrap(f"- linear weights chosen by {report.selected_by}", indent="  ")
+    if report.calibration is not None:
+        yield from _outputs(report.calibration)
     yield ""
     yield from _wrap(report.verdict)
     yield ""
@@ -135,6 +138,88 @@ def _lines(report: AuditReport) -> Iterator[str]:
         yield from _wrap(f"- {f'{format}: ' if format else ''}{reason}: {what}", indent="  ")
     if not groups:
         yield "- nothing was left out"
+
+
+def _outputs(calibration: Calibration) -> Iterator[str]:
+    """What arrives in the layers' outputs: of all, and by layer."""
+    figures = {format: found for format, found in calibration.formats.items() if found is not None}
+    yield ""
+    yield from _wrap(
+        f"The update in the layers' outputs, as AFTER reads {calibration.tokens} tokens of "
+        f"`{calibration.source}`: signal to noise in dB, and what arrives:"
+    )
+    yield ""
+    yield from _table(
+        ("recipe", "SNR", "median", "least", "flip law", "cosine", "share %"),
+        [
+            (
+                str(get_format(format)),
+                *(
+                    _or_dash(snr, _decibels)
+                    for snr in (
+                        found.output_snr,
+                        found.output_snr_median,
+                        found.output_snr_min,
+                        found.output_snr_flip_law,
+                    )
+                ),
+                _or_dash(found.output_cosine, _short),
+                _or_dash(found.output_share, percent),
+            )
+            if found
+            else (str(get_format(format)), "")
+            for format, found in calibration.formats.items()
+        ],
+    )
+    yield ""
+    yield from _wrap(
+        "signal: dw x, with x the inputs of a layer, summed over all tokens and tensors; noise: (dq - dw) x; median, "
+        "least: of the tensors; flip law: what it expects of weights shipped in 16 bits; share: of dw x, what arrives "
+        "along its direction. SNR 0 with share 0: nothing arrives."
+    )
+    rows = {(row.name, row.format): row.figures for row in calibration.layers if row.figures.output_snr is not None}
+    layers = list(dict.fromkeys(name for name, _ in rows))
+    if layers:
+        # As many recipes as leave room for the names of layers.
+        shown, room = [], _COLUMNS - 4
+        texts = {
+            cell: f"{_decibels(found.output_snr_median)}/{_decibels(found.output_snr_min)}"
+            for cell, found in rows.items()
+        }
+        for format in figures:
+            column = max(len(format), *(len(text) for (_, of), text in texts.items() if of == format), 1) + 3
+            if room - column >= 15:
+                shown.append(format)
+                room -= column
+
+        def of_median(name: str) -> float:
+            return min(rows[name, format].output_snr_median for format in shown if (name, format) in rows)
+
+        least = sorted((name for name in layers if any((name, format) in rows for format in shown)), key=of_median)
+        of = f"the {_LISTED} layers with the least, of {len(layers)}" if len(layers) > _LISTED else "every layer"
+        yield ""
+        yield from _wrap(f"SNR by layer in dB, the median of its tensors / the least: {of}:")
+        yield ""
+        yield from _table(
+            ("layer", *shown),
+            [
+                (_elide(name, room), *(texts.get((name, format), "-") for format in shown))
+                for name in (least[:_LISTED] if len(layers) > _LISTED else layers)
+            ],
+        )
+    if calibration.not_measured:
+        yield ""
+        yield "Not measured on the text:"
+        yield ""
+        groups = Counter(row.reason for row in calibration.not_measured)
+        first = {row.reason: row.name for row in reversed(calibration.not_measured)}
+        for reason, number in groups.most_common():
+            what = f"{number} tensors, as {first[reason]}" if number > 1 else first[reason]
+            yield from _wrap(f"- {reason}: {what}", indent="  ")
+
+
+def _decibels(ratio: float) -> str:
+    return f"{10 * math.log10(ratio):.1f}"
 
 
 def _by_place(kind: str, rows: tuple[Row, ...], report: AuditReport) -> Iterator[str]:

@@ -1,36 +1,15 @@
 """The report as one HTML page that needs nothing beside it: no script, no font, no network."""
 
+import math
 from collections.abc import Iterator
 from html import escape
 
 from quail_kernels import get_format
 
-from .figures import AuditReport, Figures, NotCompared, count, percent
+from ..pages import STYLE, color, table
+from .figures import AuditReport, Calibration, Figures, NotCompared, OutputFigures, count, percent
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1f2328; --faint: #656d76; --line: #d0d7de; --page: #fff; --cell: #eaeef2 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6edf3; --faint: #8d96a0; --line: #30363d; --page: #0d1117; --cell: #21262d }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
-       max-width: 78rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-p.verdict { border-left: 4px solid #0969da; padding: .2rem 1rem; max-width: 52rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
-dt, .note { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .25rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
-table.heat { border-collapse: separate; border-spacing: 2px }
-table.heat td, table.heat th { border: 0; padding: .15rem .5rem; text-align: center }
-table.heat td:first-child { text-align: left }
-td.none { background: var(--cell) }
-.legend { display: flex; align-items: center; gap: .5rem; font-size: .85rem; margin: .5rem 0 }
-.bar { width: 12rem; height: .8rem; border-radius: 2px }
-"""
-# From nothing delivered to all of it; legible for the colour-blind: dark blue is all.
-_STOPS = ((178, 24, 43), (244, 165, 130), (247, 247, 247), (146, 197, 222), (33, 102, 172))
+_LOWEST_DB, _HIGHEST_DB = -40, 40
 
 
 def page(report: AuditReport) -> str:
@@ -40,8 +19,10 @@ def page(report: AuditReport) -> str:
 def _lines(report: AuditReport) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{_STYLE}</style>"
+    yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{STYLE}</style>"
     yield "<h1>Audit in 4 bits</h1>"
+    if report.calibration is not None:
+        yield from _outputs(report.calibration)
     yield f'<p class="verdict">{escape(report.verdict)}</p>'
     yield "<dl>"
     for term, text in (
@@ -53,6 +34,8 @@ def _lines(report: AuditReport) -> Iterator[str]:
         yield f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>"
     yield "</dl>"
     yield from _totals(report)
+    if report.calibration is not None:
+        yield from _output_maps(report.calibration)
     yield from _heat_maps(report)
     yield from _unquantized(report)
     yield from _left_out(report)
@@ -88,7 +71,7 @@ def _totals(report: AuditReport) -> Iterator[str]:
             )
         )
     yield "<h2>By recipe</h2>"
-    yield from _table(header, rows)
+    yield from table(header, rows)
     yield (
         '<p class="note">dw: the update; dq: what it changes in the deployed values, each side on its own scales; '
         "s: the step of the weight's bucket. Delivered: &lt;dw, dq&gt; / |dw|&sup2;, what arrives along the direction "
@@ -97,17 +80,66 @@ def _totals(report: AuditReport) -> Iterator[str]:
     )
 
 
-def _heat_maps(report: AuditReport) -> Iterator[str]:
-    cells = {(row.format, row.layer, row.module): row.figures for row in report.cells}
-    layers = list(dict.fromkeys([row.name for row in report.layers] + [row.layer for row in report.cells]))
-    modules = list(dict.fromkeys(row.name for row in report.modules))
-    yield "<h2>Delivered, by layer and module</h2>"
-    colors = ", ".join(_color(i / 4) for i in range(5))
+def _outputs(calibration: Calibration) -> Iterator[str]:
+    yield "<h2>The update in the layers' outputs</h2>"
     yield (
-        f'<div class="legend">0 % <div class="bar" style="background: linear-gradient(90deg, {colors})"></div> '
-        "100 % of the update delivered; -: no update</div>"
+        f'<p class="note">As AFTER, not quantized, reads {calibration.tokens} tokens of {escape(calibration.source)}, '
+        f"in {calibration.sequences} sequences.</p>"
     )
-    for name in report.formats:
+    header = ("recipe", "SNR", "median", "least", "flip law", "cosine", "share")
+    rows = []
+    for format, figures in calibration.formats.items():
+        if figures is None:
+            rows.append((str(get_format(format)), *[""] * (len(header) - 1)))
+            continue
+        ratios = (figures.output_snr, figures.output_snr_median, figures.output_snr_min, figures.output_snr_flip_law)
+        rows.append(
+            (
+                str(get_format(format)),
+                *(_or_dash(ratio, lambda ratio: f"{_decibels(ratio)} dB") for ratio in ratios),
+                _or_dash(figures.output_cosine, lambda number: f"{number:.2g}"),
+                _or_dash(figures.output_share, lambda share: f"{percent(share)} %"),
+            )
+        )
+    yield from table(header, rows)
+    yield (
+        '<p class="note">Signal: dw x, with x the inputs of a layer; noise: (dq - dw) x; squares summed over tokens '
+        "and tensors. Median, least: of the tensors. Flip law: what it expects of weights shipped in 16 bits. Share: "
+        "of dw x, what arrives along its direction.</p>"
+    )
+
+
+def _output_maps(calibration: Calibration) -> Iterator[str]:
+    yield "<h2>Signal to noise in the outputs in dB, by layer and module</h2>"
+    yield from _legend(
+        f"{_LOWEST_DB} dB", f"{_HIGHEST_DB} dB; lost: nothing arrives, the noise is the update itself; -: no update"
+    )
+    yield from _maps(calibration.formats, calibration.layers, calibration.modules, calibration.cells, _output_cell)
+    if calibration.not_measured:
+        yield "<h3>Not measured on the text</h3>"
+        yield from table(("tensor", "reason"), [(row.name, row.reason) for row in calibration.not_measured])
+
+
+def _heat_maps(report: AuditReport) -> Iterator[str]:
+    yield "<h2>Delivered, by layer and module</h2>"
+    yield from _legend("0 %", "100 % of the update delivered; -: no update")
+    yield from _maps(report.formats, report.layers, report.modules, report.cells, _cell)
+
+
+def _legend(low: str, high: str) -> Iterator[str]:
+    colors = ", ".join(color(i / 4) for i in range(5))
+    yield (
+        f'<div class="legend"><span>{low}</span> <div class="bar" style="background: linear-gradient(90deg, {colors})">'
+        f"</div> {high}</div>"
+    )
+
+
+def _maps(formats, rows_of_layers, rows_of_modules, rows_of_cells, cell) -> Iterator[str]:
+    """A table a recipe, of layers by modules; ``cell`` makes the HTML of one from (layer, module, figures or None)."""
+    cells = {(row.format, row.layer, row.module): row.figures for row in rows_of_cells}
+    layers = list(dict.fromkeys([row.name for row in rows_of_layers] + [row.layer for row in rows_of_cells]))
+    modules = list(dict.fromkeys(row.name for row in rows_of_modules))
+    for name in formats:
         shown = [module for module in modules if any((name, layer, module) in cells for layer in layers)]
         if not shown:
             continue
@@ -117,7 +149,7 @@ def _heat_maps(report: AuditReport) -> Iterator[str]:
             row = [(module, cells.get((name, layer, module))) for module in shown]
             if any(figures for _, figures in row):
                 label = escape(layer or "in no layer")
-                yield f"<tr><td>{label}</td>{''.join(_cell(layer, module, figures) for module, figures in row)}</tr>"
+                yield f"<tr><td>{label}</td>{''.join(cell(layer, module, figures) for module, figures in row)}</tr>"
         yield "</table></div>"
 
 
@@ -135,21 +167,33 @@ def _cell(layer: str, module: str, figures: Figures | None) -> str:
     cosine = _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}")
     told += f"delivered {percent(share)} %, cosine {cosine}, |dq| / |dw| {figures.delivered_norm:.2g}"
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
-    style = f"background: {_color(share)}; color: {ink}"
+    style = f"background: {color(share)}; color: {ink}"
     return f'<td style="{style}" title="{escape(told)}">{100 * share:.0f}</td>'
 
 
-def _color(share: float) -> str:
-    at = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
-    low = min(int(at), len(_STOPS) - 2)
-    mixed = (round(a + (b - a) * (at - low)) for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True))
-    return f"rgb({', '.join(map(str, mixed))})"
+def _output_cell(layer: str, module: str, figures: OutputFigures | None) -> str:
+    if figures is None:
+        return '<td class="none"></td>'
+    told = f"{layer}.{module}".strip(".") + "\n"
+    if figures.output_snr is None or figures.output_share is None:
+        return f'<td class="none" title="{escape(told)}no update">-</td>'
+    told += f"SNR {_decibels(figures.output_snr)} dB, by the flip law {_decibels(figures.output_snr_flip_law)} dB\n"
+    told += f"share {percent(figures.output_share)} %, cosine {figures.output_cosine:.2g}"
+    lost = figures.output_snr == 1 and figures.output_share == 0
+    share = 0.0 if lost else (figures.output_snr_db - _LOWEST_DB) / (_HIGHEST_DB - _LOWEST_DB)
+    ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
+    text = "lost" if lost else str(round(figures.output_snr_db))
+    return f'<td style="background: {color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
+
+
+def _decibels(ratio: float) -> str:
+    return f"{10 * math.log10(ratio):.1f}"
 
 
 def _unquantized(report: AuditReport) -> Iterator[str]:
     rows = sorted(report.unquantized, key=lambda row: -row.change.mean_abs)
     yield "<h2>Left in full precision by the deployment</h2>"
-    yield from _table(
+    yield from table(
         ("tensor", "weights", "changed", "mean |dw|", "max |dw|"),
         [
             (
@@ -167,20 +211,10 @@ def _unquantized(report: AuditReport) -> Iterator[str]:
 def _left_out(report: AuditReport) -> Iterator[str]:
     rows: list[NotCompared] = [row for row in report.not_compared if row.change is None]
     yield "<h2>Not compared</h2>"
-    yield from _table(
+    yield from table(
         ("tensor", "weights", "recipe", "reason"),
         [(row.name, count(row.weights), row.format or "all", row.reason) for row in rows],
     )
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    if not rows:
-        yield "<p>None.</p>"
-        return
-    yield '<div class="scroll"><table>'
-    for tag, row in (("th", header), *(("td", row) for row in rows)):
-        yield f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in row)}</tr>"
-    yield "</table></div>"
 
 
 def _or_dash(number: float | None, text) -> str:

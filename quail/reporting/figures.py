@@ -1,0 +1,645 @@
+"""From a run's ``RESULTS.json`` to the numbers that its report shows: of the report half only, every regime by itself.
+
+A cell that has not been run is None throughout, never a number; a recovery without an estimate carries the reason.
+
+The verdict on a method in a regime goes by fixed rules, the first that holds: it *came back* where the recovery of the
+forget metric is 5 % or more at a 4-bit quantizer; its *retained knowledge fell* where the retain metric at one is more
+than 2 points below that of the same method in full precision; it is *not judged* where a 4-bit quantizer has no score
+or no estimate; it *kept* what was forgotten, and where training ended before the recipe's stop rule was met that is
+said beside it and counts apart. Estimates are judged, and how far up the intervals reach is told with the verdict.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..metrics.intervals import Recovery, recovery
+
+if TYPE_CHECKING:  # it imports torch, which a run without audits does not need
+    from ..auditing.predictors import RankCorrelation
+
+SCHEMA = 1
+FULL, HALF = "none", "report"
+LARGEST_RECOVERY, LARGEST_RETAIN_LOSS = 0.05, 0.02
+CAME_BACK, RETAIN_FELL, NOT_JUDGED, NOT_REACHED, KEPT = (
+    *("came back", "retained knowledge fell", "not judged"),
+    *("kept, stop rule not reached", "kept"),
+)
+FORGET_METRICS = ("accuracy", "exact")  # of a classifier and of a language model: 1 is remembered
+LOSS = "nll"
+MISSING = "missing"
+
+_EXAMPLES = 3
+_FEWEST_CELLS = 5  # of a rank correlation: with fewer an interval tells nothing
+_ROUNDING = 1e-9  # a difference of two means that is 0.02 may be a little more in binary
+_ROW_KEYS = ("regime", "method", "seed", "quantizer", "half", "metrics", "examples")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model at one precision: ``metrics[set][figure]``, means over the seeds that it was run with.
+
+    ``forget`` and ``retain`` are the forget metric on both sets, between 0 and 1. A figure is None where a seed's is
+    not finite.
+    """
+
+    forget: float | None
+    retain: float | None
+    metrics: dict[str, dict[str, float | None]]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A method at one precision.
+
+    Attributes:
+        quantizer: its name; ``none`` is full precision, which has neither recovery nor retain loss.
+        score: None where it has not been run.
+        recovery, loss_recovery: of the forget metric and of the NLL; None where an arm is missing.
+        reason, loss_reason: why there is no estimate, where there is none.
+        retain_loss: the retain metric in full precision minus the one here, over the seeds of both.
+        start_retain_loss: the same of the model that had not forgotten anything.
+    """
+
+    quantizer: str
+    score: Score | None
+    recovery: Recovery | None = None
+    reason: str | None = None
+    loss_recovery: Recovery | None = None
+    loss_reason: str | None = None
+    retain_loss: float | None = None
+    start_retain_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method in a regime, its deployments by quantizer, and the verdict with what it rests on.
+
+    ``number`` is its place in the recipe, from 1. ``steps`` are by seed; ``not_reached`` are the seeds in which
+    training ended by steps, not by the stop rule.
+    """
+
+    number: int
+    name: str
+    deployments: dict[str, Deployment]
+    steps: dict[int, int]
+    not_reached: tuple[int, ...]
+    seconds: float | None
+    verdict: str
+    why: str
+
+    @property
+    def worst(self) -> Deployment | None:
+        """The 4-bit deployment with the highest recovery that could be estimated."""
+        known = [each for each in self.four_bits if each.recovery and each.recovery.value is not None]
+        return max(known, key=lambda each: each.recovery.value, default=None)
+
+    @property
+    def costliest(self) -> Deployment | None:
+        """The 4-bit deployment with the largest retain loss."""
+        known = [each for each in self.four_bits if each.retain_loss is not None]
+        return max(known, key=lambda each: each.retain_loss, default=None)
+
+    @property
+    def four_bits(self) -> list[Deployment]:
+        return [each for name, each in self.deployments.items() if in_four_bits(name)]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the audit of a method's checkpoints found in one format: means over seeds, of all weights and by layer.
+
+    Figures have the names of ``quail.auditing.figures``; ``weight_snr_db`` is 10 log10(c^2 / (1 - c^2)), c the cosine
+    of the intended and the delivered update: what arrives along the update against what arrives beside it. Those of
+    the layers' outputs, ``output_snr_db`` and others, are there where the audit had a calibration text. ``candidates``
+    are those of ``quail.auditing.predictors``.
+    """
+
+    method: str
+    format: str
+    figures: dict[str, float | None]
+    layers: dict[str, dict[str, float | None]]
+    candidates: dict[str, float | None]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of the forget set: what each model gave, ``given[method or None][quantizer]``.
+
+    ``place`` is its place in the report half, from 1, and ``right`` the class that it belongs to, for a classifier.
+    """
+
+    place: int
+    of: int
+    right: str | None
+    given: dict[str | None, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """How well figures of an audit ranked the recoveries: ``candidates`` maps each to its rank correlation.
+
+    ``regime`` is None for all regimes together; ``left_out`` counts the cells without an estimate.
+    """
+
+    regime: str | None
+    candidates: "dict[str, RankCorrelation]"
+    cells: int
+    checkpoints: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Everything of one regime. ``start`` is the model that has not forgotten anything, by quantizer."""
+
+    name: str
+    title: str
+    start: dict[str, Score | None]
+    methods: tuple[Method, ...]
+    audits: tuple[Audit, ...]
+    examples: tuple[Example, ...]
+
+    def of(self, verdict: str) -> list[Method]:
+        return [method for method in self.methods if method.verdict == verdict]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report shows.
+
+    Attributes:
+        metric: the forget metric, ``accuracy`` or ``exact``.
+        seeds, planned_seeds: with which there are rows, and those that the recipe has besides.
+        quantizers: in the recipe's order; ``four_bits`` are those that the verdict is about.
+        forget_examples, retain_examples: how many the report half has.
+        content: the recipe, as ``RESULTS.json`` has it.
+        made_by: versions and machine; several where the run was continued elsewhere.
+        cells, planned_cells, seconds: what was done of what is planned, and how long that took.
+        foretold: empty where there is no audit, or there are too few cells.
+    """
+
+    recipe: str
+    quick: bool
+    about: str
+    task: str
+    metric: str
+    seeds: tuple[int, ...]
+    planned_seeds: tuple[int, ...]
+    quantizers: tuple[str, ...]
+    regimes: tuple[Regime, ...]
+    forget_examples: int
+    retain_examples: int
+    content: dict
+    made_by: tuple[dict, ...]
+    cells: int
+    planned_cells: int
+    seconds: float
+    foretold: tuple[Foretold, ...]
+
+    @property
+    def four_bits(self) -> tuple[str, ...]:
+        return tuple(name for name in self.quantizers if in_four_bits(name))
+
+    @property
+    def everywhere(self) -> list[str]:
+        """The methods that kept what was forgotten in every regime, the stop rule met."""
+        kept = [{method.name for method in regime.of(KEPT)} for regime in self.regimes]
+        names = dict.fromkeys(method.name for regime in self.regimes for method in regime.methods)
+        return [name for name in names if all(name in of_regime for of_regime in kept)]
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one sentence."""
+        if not self.four_bits:
+            return "No 4-bit quantizer was run, so there is no verdict."
+        several = {1: "the one regime", 2: "both regimes"}
+        regimes = several.get(len(self.regimes), f"all {len(self.regimes)} regimes")
+        total = len({method.name for regime in self.regimes for method in regime.methods})
+        rule = (
+            f"recovery under {LARGEST_RECOVERY:.0%} at every 4-bit quantizer, at most "
+            f"{100 * LARGEST_RETAIN_LOSS:g} points of retain loss beyond the method in full precision"
+        ).replace("%", " %")
+        names = self.everywhere
+        if not names:
+            return f"None of {total} methods met the bar in {regimes}: {rule}."
+        return f"{len(names)} of {total} methods met the bar in {regimes} ({rule}): {', '.join(names)}."
+
+
+def in_four_bits(quantizer: str) -> bool:
+    """Whether a deployment of ``quail.quantizers`` is in 4 bits: all but full precision and the 8-bit ones."""
+    return quantizer != FULL and "int8" not in quantizer
+
+
+def regime_title(name: str) -> str:
+    return "Shipped in 16 bits" if name == "16bit" else f"Shipped in {name.removeprefix('grid:')}"
+
+
+def read_run(path: str | os.PathLike) -> Run:
+    """The figures of a run's folder or of its ``RESULTS.json``.
+
+    Of a folder the texts that models gave are read, too, from ``cells/``; ``RESULTS.json`` has none. Raises
+    ValueError where the file is not there, or is not what ``quail run`` writes.
+    """
+    path = Path(path)
+    file = path / "RESULTS.json" if path.is_dir() else path
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"run: expected a run's folder or RESULTS.json; got {file}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"run: expected the RESULTS.json of a run; got {file}, which is not JSON") from None
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        found = results.get("schema") if isinstance(results, dict) else type(results).__name__
+        raise ValueError(f"run: expected RESULTS.json with schema {SCHEMA}; got {found!r} in {file}")
+    texts = _texts(path / "cells") if path.is_dir() else lambda row: {}
+    try:
+        return _run(results, texts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"run: expected what quail run writes; got {type(error).__name__} {error} in {file}") from None
+
+
+def _texts(folder: Path):
+    """Reads what the model of a row said, by set, of the row's half: the odd places."""
+
+    def read(row: dict) -> dict[str, list[str]]:
+        key = str(row.get("cell", ""))
+        if not key.isalnum():
+            return {}
+        try:
+            cell = json.loads((folder / f"score-{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {name: said[1::2] for name, said in (cell.get("outputs", {}).get("texts") or {}).items()}
+
+    return read
+
+
+def _run(results: dict, texts) -> Run:
+    content = results["content"]
+    rows = [row for row in results["rows"] if row["half"] == HALF]
+    if not rows:
+        raise ValueError("run: expected rows of the report half; got none yet")
+    for row in rows:
+        if missing := [key for key in _ROW_KEYS if key not in row]:
+            raise ValueError(f"run: expected {', '.join(_ROW_KEYS)} in every row; got none of {', '.join(missing)}")
+    by_place: dict[tuple, dict] = {}
+    for row in rows:
+        place = row["regime"], row["method"], row["quantizer"]
+        if row["seed"] in by_place.setdefault(place, {}):
+            raise ValueError(f"run: expected one row a cell; got two of {place}, seed {row['seed']}")
+        by_place[place][row["seed"]] = row
+    known = rows[0]["metrics"]["forget"]
+    metric = next((name for name in FORGET_METRICS if name in known), None)
+    if metric is None:
+        raise ValueError(f"run: expected {' or '.join(FORGET_METRICS)} of the forget set; got {', '.join(known)}")
+    seeds = tuple(sorted({row["seed"] for row in rows}))
+    quantizers = _in_order(content["quantizers"], (row["quantizer"] for row in rows))
+    names = _in_order(content["methods"], (row["method"] for row in rows if row["method"] is not None))
+    regimes = []
+    for regime in _in_order(content["regimes"], (row["regime"] for row in rows)):
+        reader = _Reader(regime, by_place, metric, quantizers)
+        chosen = [(i, name) for i, name in enumerate(names, 1) if reader.has(name) or _planned(content, name, regime)]
+        regimes.append(
+            Regime(
+                name=regime,
+                title=regime_title(regime),
+                start={quantizer: reader.score(None, quantizer) for quantizer in quantizers},
+                methods=tuple(reader.method(number, name) for number, name in chosen),
+                audits=_audits(results.get("audits") or (), regime, [name for _, name in chosen]),
+                examples=_examples(reader, [name for _, name in chosen], _classes(content), texts),
+            )
+        )
+    planned = {seed for seed in content.get("seeds") or () if seed not in seeds}
+    return Run(
+        recipe=results["recipe"],
+        quick=results["quick"],
+        about=content.get("about") or "",
+        task=results["task"],
+        metric=metric,
+        seeds=seeds,
+        planned_seeds=tuple(sorted(planned)),
+        quantizers=quantizers,
+        regimes=tuple(regimes),
+        forget_examples=len(rows[0]["examples"]["forget"][metric]),
+        retain_examples=len(rows[0]["examples"]["retain"][metric]),
+        content=content,
+        made_by=tuple(results["made_by"]),
+        cells=results["cells"]["done"],
+        planned_cells=results["cells"]["planned"],
+        seconds=results["seconds"],
+        foretold=_foretold(regimes),
+    )
+
+
+def _in_order(first: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first, *more)))
+
+
+def _planned(content: dict, method: str, regime: str) -> bool:
+    of_method = (content["methods"].get(method) or {}).get("regimes")
+    return method in content["methods"] and (of_method is None or regime in of_method)
+
+
+def _classes(content: dict) -> Sequence[str]:
+    return (content.get("settings") or {}).get("events") or ()
+
+
+class _Reader:
+    """The rows of one regime."""
+
+    def __init__(self, regime: str, by_place: Mapping[tuple, dict], metric: str, quantizers: Sequence[str]):
+        self.regime, self._by_place, self.metric, self.quantizers = regime, by_place, metric, quantizers
+
+    def rows(self, method: str | None, quantizer: str) -> dict[int, dict]:
+        return self._by_place.get((self.regime, method, quantizer), {})
+
+    def has(self, method: str) -> bool:
+        return any(self.rows(method, quantizer) for quantizer in self.quantizers)
+
+    def score(self, method: str | None, quantizer: str) -> Score | None:
+        rows = self.rows(method, quantizer)
+        if not rows:
+            return None
+        sets: dict[str, dict[str, list]] = {}
+        for row in rows.values():
+            for name, figures in row["metrics"].items():
+                for figure, value in figures.items():
+                    sets.setdefault(name, {}).setdefault(figure, []).append(value)
+        metrics = {
+            name: {figure: _mean(values) if len(values) == len(rows) else None for figure, values in figures.items()}
+            for name, figures in sets.items()
+        }
+        sides = (_mean([self._of_seed(row, name) for row in rows.values()]) for name in ("forget", "retain"))
+        return Score(*sides, metrics, tuple(sorted(rows)))
+
+    def method(self, number: int, name: str) -> Method:
+        deployments = {quantizer: self._deployment(name, quantizer) for quantizer in self.quantizers}
+        trained: dict[int, dict] = {}
+        seconds: dict[int, float] = {}
+        for quantizer in self.quantizers:
+            for seed, row in self.rows(name, quantizer).items():
+                trained.setdefault(seed, row.get("training") or {})
+                if (took := (row.get("seconds") or {}).get("unlearn")) is not None:
+                    seconds[seed] = took
+        not_reached = tuple(seed for seed in sorted(trained) if trained[seed].get("reached") is False)
+        verdict, why = _judge(deployments, not_reached)
+        return Method(
+            number=number,
+            name=name,
+            deployments=deployments,
+            steps={seed: trained[seed]["steps"] for seed in sorted(trained) if "steps" in trained[seed]},
+            not_reached=not_reached,
+            seconds=_mean(list(seconds.values())) if seconds else None,
+            verdict=verdict,
+            why=why,
+        )
+
+    def _deployment(self, name: str, quantizer: str) -> Deployment:
+        score = self.score(name, quantizer)
+        if quantizer == FULL:
+            return Deployment(quantizer, score, reason=None if score else MISSING)
+        found = {}
+        for prefix, figure, higher in (("", self.metric, True), ("loss_", LOSS, False)):
+            found[f"{prefix}recovery"], found[f"{prefix}reason"] = self._recovery(name, quantizer, figure, higher)
+        return Deployment(
+            quantizer,
+            score,
+            **found,
+            retain_loss=self._retain_loss(name, quantizer),
+            start_retain_loss=self._retain_loss(None, quantizer),
+        )
+
+    def _recovery(self, name: str, quantizer: str, figure: str, higher: bool) -> tuple[Recovery | None, str | None]:
+        arms = {
+            "this cell": self.rows(name, quantizer),
+            "the method in full precision": self.rows(name, FULL),
+            f"the start at {quantizer}": self.rows(None, quantizer),
+        }
+        if not arms["this cell"]:
+            return None, MISSING
+        for what, rows in arms.items():
+            if not rows:
+                return None, f"{what} is missing"
+        seeds = sorted(set.intersection(*(set(rows) for rows in arms.values())))
+        if not seeds:
+            return None, f"{', '.join(arms)} have no seed in common"
+        values = [[_values(rows[seed], figure) for seed in seeds] for rows in arms.values()]
+        lengths = sorted({len(of_seed) for arm in values for of_seed in arm})
+        if len(lengths) > 1 or lengths[0] < 2:
+            return None, f"expected the same two or more examples of each; got {', '.join(map(str, lengths))}"
+        estimate = recovery(*values, higher_is_remembered=higher)
+        return estimate, estimate.reason
+
+    def _retain_loss(self, name: str | None, quantizer: str) -> float | None:
+        here, full = self.rows(name, quantizer), self.rows(name, FULL)
+        seeds = sorted(here.keys() & full.keys())
+        losses = [(self._of_seed(full[seed], "retain"), self._of_seed(here[seed], "retain")) for seed in seeds]
+        if not losses or any(None in pair for pair in losses):
+            return None
+        return statistics.fmean(before - after for before, after in losses)
+
+    def _of_seed(self, row: dict, name: str) -> float | None:
+        """The mean of the examples, as ``metrics`` is rounded."""
+        values = _values(row, self.metric, name)
+        return _mean(values) if values else row["metrics"].get(name, {}).get(self.metric)
+
+
+def _values(row: dict, figure: str, name: str = "forget") -> list[float]:
+    """By example; what was not finite is null in the file."""
+    values = row["examples"].get(name, {}).get(figure) or ()
+    return [math.nan if value is None else value for value in values]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    if not values or any(value is None or not math.isfinite(value) for value in values):
+        return None
+    return statistics.fmean(values)
+
+
+def _judge(deployments: Mapping[str, Deployment], not_reached: Sequence[int]) -> tuple[str, str]:
+    """The verdict, and what it rests on in a few words. The rules are at the top of this file."""
+    here = [each for name, each in deployments.items() if in_four_bits(name)]
+    if not here:
+        return NOT_JUDGED, "no 4-bit quantizer"
+    known = [each for each in here if each.recovery and each.recovery.value is not None]
+    if back := [each for each in known if each.recovery.value >= LARGEST_RECOVERY]:
+        worst = max(back, key=lambda each: each.recovery.value)
+        return CAME_BACK, f"{percent(worst.recovery.value)} % at {worst.quantizer}"
+    costly = [each for each in here if (each.retain_loss or 0.0) > LARGEST_RETAIN_LOSS + _ROUNDING]
+    if costly:
+        worst = max(costly, key=lambda each: each.retain_loss)
+        return RETAIN_FELL, f"by {100 * worst.retain_loss:.1f} points at {worst.quantizer}"
+    for each in here:
+        if each.recovery is None or each.recovery.value is None or each.retain_loss is None:
+            return NOT_JUDGED, f"{each.quantizer}: {each.reason or 'no retain loss'}"
+    worst = max(known, key=lambda each: each.recovery.value)
+    highest = max(each.recovery.high for each in known)
+    why = f"{percent(worst.recovery.value)} % at most, at {worst.quantizer}; intervals up to {percent(highest)} %"
+    if not_reached:
+        return NOT_REACHED, f"in seed {', '.join(map(str, not_reached))}; {why}"
+    return KEPT, why
+
+
+def _audits(audits: Iterable[dict], regime: str, methods: Sequence[str]) -> tuple[Audit, ...]:
+    found: dict[tuple[str, str], dict[int, dict]] = {}
+    for audit in audits:
+        if audit["regime"] == regime:
+            for format, entry in audit["formats"].items():
+                found.setdefault((format, audit["method"]), {})[audit["seed"]] = entry
+    formats = dict.fromkeys(format for format, _ in found)
+    merged = []
+    for format in formats:
+        for method in methods:
+            if not (by_seed := found.get((format, method))):
+                continue
+            entries = [_numbers(entry) for entry in by_seed.values()]
+            layers: dict[str, list[dict]] = {}
+            for entry in by_seed.values():
+                for layer in entry.get("layers") or ():
+                    layers.setdefault(layer["layer"], []).append(_numbers(layer))
+            of_layers = {name: _means(figures) for name, figures in layers.items()}
+            candidates = [_candidates(format, entry) for entry in by_seed.values()]
+            seeds = tuple(sorted(by_seed))
+            merged.append(Audit(method, format, _means(entries), of_layers, _means(candidates), seeds))
+    return tuple(merged)
+
+
+def _numbers(entry: dict) -> dict[str, float | None]:
+    """The figures of the weights and, where there are some, of the outputs, with the weights' signal to noise."""
+    flat = {**entry, **(entry.get("outputs") or {})}
+    numbers = {
+        key: value
+        for key, value in flat.items()
+        if value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    if "delivered_cosine" in numbers:
+        numbers["weight_snr_db"] = _cosine_db(numbers["delivered_cosine"])
+    if "changed_share" not in numbers and numbers.get("code_overlap") is not None:
+        numbers["changed_share"] = 1 - numbers["code_overlap"]
+    return numbers
+
+
+def _cosine_db(cosine: float | None) -> float | None:
+    """From -120 dB, nothing arrives along the update, to 120 dB, nothing arrives beside it."""
+    if cosine is None:
+        return None
+    square = max(cosine, 0.0) ** 2
+    return 10 * math.log10(min(max(square / max(1 - square, 1e-12), 1e-12), 1e12))
+
+
+def _means(entries: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Of the seeds that have a figure; None where none has."""
+    means = {}
+    for key in dict.fromkeys(key for entry in entries for key in entry):
+        values = [entry[key] for entry in entries if entry.get(key) is not None]
+        means[key] = _mean(values)
+    return means
+
+
+def _candidates(format: str, entry: dict) -> dict[str, float]:
+    """What could foretell the recovery: as the file has it, else from its figures; nothing where they are too few."""
+    from ..auditing.figures import AuditReport, Figures, FormatRow
+    from ..auditing.predictors import predictors
+
+    if entry.get("predictors"):
+        return entry["predictors"]
+    needed = [field.name for field in fields(Figures)]
+    if any(name not in entry for name in needed):
+        return {}
+    figures = Figures(**{name: entry[name] for name in needed})
+    row = FormatRow(format, 0, entry.get("shipped_in"), 0, (), figures)
+    report = AuditReport("", "", "", (), (), "", {format: row}, (), (), (), (), ())
+    try:
+        return predictors(report, format)
+    except ValueError:  # an update that changes nothing foretells nothing
+        return {}
+
+
+def _foretold(regimes: Sequence[Regime]) -> tuple[Foretold, ...]:
+    from ..auditing.predictors import rank_correlation
+
+    cells: list[tuple[str, str, dict, float]] = []
+    left_out: dict[str, int] = {}
+    for regime in regimes:
+        audits = {(audit.method, audit.format): audit.candidates for audit in regime.audits}
+        for method in regime.methods:
+            for quantizer, each in method.deployments.items():
+                candidates = audits.get((method.name, quantizer.removeprefix("rtn:")))
+                if not candidates or each.score is None:
+                    continue
+                if each.recovery is None or each.recovery.value is None:
+                    left_out[regime.name] = left_out.get(regime.name, 0) + 1
+                    continue
+                cells.append((regime.name, method.name, candidates, each.recovery.value))
+    scopes: list[str | None] = [regime.name for regime in regimes]
+    found = []
+    for scope in (*scopes, None) if len(scopes) > 1 else scopes:
+        chosen = [cell for cell in cells if scope in (None, cell[0])]
+        shared = dict.fromkeys(key for cell in chosen for key in cell[2])
+        names = [key for key in shared if all(cell[2].get(key) is not None for cell in chosen)]
+        if len(chosen) < _FEWEST_CELLS or not names:
+            continue
+        clusters = [cell[:2] for cell in chosen]
+        measured = [cell[3] for cell in chosen]
+        correlations = {
+            name: rank_correlation([cell[2][name] for cell in chosen], measured, clusters=clusters) for name in names
+        }
+        lost = sum(left_out.values()) if scope is None else left_out.get(scope, 0)
+        found.append(Foretold(scope, correlations, len(chosen), len(set(clusters)), lost))
+    return tuple(found)
+
+
+def _examples(reader: _Reader, methods: Sequence[str], classes: Sequence[str], texts) -> tuple[Example, ...]:
+    """The first, the middle and the last example of the half, of the first seed that the start has."""
+    start = reader.rows(None, FULL)
+    if not start:
+        return ()
+    seed = min(start)
+    count = len(_values(start[seed], reader.metric))
+    said: dict[str | None, dict[str, list[str]]] = {}
+    for method in (None, *methods):
+        for quantizer in reader.quantizers:
+            row = reader.rows(method, quantizer).get(seed)
+            given = _given(row, classes, texts) if row else []
+            if len(given) == count:
+                said.setdefault(method, {})[quantizer] = given
+    if FULL not in said.get(None, {}):
+        return ()
+    labels = start[seed]["examples"]["forget"].get("label")
+    places = sorted({round(i * (count - 1) / (_EXAMPLES - 1)) for i in range(_EXAMPLES)})
+    return tuple(
+        Example(
+            place=place + 1,
+            of=count,
+            right=_class(classes, labels[place]) if labels else None,
+            given={who: {name: given[place] for name, given in by.items()} for who, by in said.items()},
+        )
+        for place in places
+    )
+
+
+def _given(row: dict, classes: Sequence[str], texts) -> list[str]:
+    """What one model gave for each example: the class it chose, or what it said."""
+    predicted = row["examples"]["forget"].get("predicted")
+    if predicted:
+        return [_class(classes, number) for number in predicted]
+    return (row.get("texts") or texts(row)).get("forget") or []
+
+
+def _class(classes: Sequence[str], number: int) -> str:
+    return classes[number] if 0 <= number < len(classes) else f"class {number}"
+
+
+def percent(share: float) -> str:
+    """Without the sign: two digits below 10 %, so that the bar of 5 % is seen, else whole ones."""
+    value = 100 * share
+    text = f"{value:.1f}" if abs(value) < 10 else f"{value:.0f}"
+    return text.removeprefix("-") if not float(text) else text

@@ -1,0 +1,141 @@
+"""The weights that a forward pass computes with, and those that are saved."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quail_kernels import fake_quant, get_format
+from quail_kernels.formats import check_weight, group_chunks
+
+from .losses import innermost
+
+NOISES = Literal["uniform", "gaussian"]
+
+
+def deployed_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that a deployment in 4 bits quantizes, by name: those that ``quantizers.deploy`` does.
+
+    All but the output head, ``head_modules`` and, in a model of transformers, a layer whose weight is the last
+    parameter. Raises ValueError where none is left.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inner, last, kept = innermost(model), None, {head}
+    if isinstance(inner, PreTrainedModel):
+        *_, last = inner.parameters()
+        kept |= {module for name in head_modules(inner) for module in inner.get_submodule(name).modules()}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer not in kept and layer.weight is not last
+    }
+    if not layers:
+        raise ValueError(f"model: expected nn.Linear layers besides the head; got a {type(model).__name__} without")
+    return layers
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """What a model without a vocabulary at its output, such as a sequence classifier, has besides its backbone.
+
+    transformers keeps a head from the quantizers that is tied, that is the output embedding, or whose last parameter
+    is a weight; a classifier with a bias is none of them.
+    """
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return []
+    return [name for name, child in model.named_children() if child is not model.base_model]
+
+
+@contextlib.contextmanager
+def fake_quantized(model: nn.Module, format: str | None) -> Iterator[nn.Module]:
+    """Within it, the linear layers of ``model`` compute with the weights that a bf16 deployment in ``format`` has.
+
+    Output head and embeddings are left alone, as ``deployed_linears`` says. Gradients go to the unquantized weights
+    unchanged. The weights are quantized once, on entry, however many passes follow: change them outside only.
+    ``format`` None does nothing. Raises ValueError where there is no layer to quantize.
+    """
+    weight_of = (lambda w: _DeployedWeight.apply(w, format)) if format is not None else None
+    with _computing_with(model, weight_of):
+        yield model
+
+
+@contextlib.contextmanager
+def noisy(
+    model: nn.Module, format: str, noise: NOISES, generator: torch.Generator | None = None
+) -> Iterator[nn.Module]:
+    """Within it, the linear layers that a deployment quantizes compute with weights moved by quantization noise.
+
+    With s the width of the bucket of each weight under ``format``: ``uniform`` adds a number between -s/2 and s/2, the
+    error of rounding a weight that lies anywhere in its bucket, and ``gaussian`` a normal one of that variance, s^2 /
+    12. The noise is drawn once, on entry, from ``generator`` (of the weights' device); gradients go to the weights
+    unchanged. Uniform noise in place of rounding is from UNIQ, Baskin et al. 2018, https://arxiv.org/abs/1804.10969.
+    Raises ValueError as ``fake_quantized`` does.
+    """
+
+    def moved(w: Tensor) -> Tensor:
+        draw = torch.rand if noise == "uniform" else torch.randn
+        sample = draw(w.shape, generator=generator, device=w.device)
+        sample = sample - 0.5 if noise == "uniform" else sample / math.sqrt(12)
+        return w + (sample * bucket_widths(w, format)).to(w.dtype)
+
+    with _computing_with(model, moved):
+        yield model
+
+
+@torch.no_grad()
+def bucket_widths(w: Tensor, format: str, group_size: int | None = None) -> Tensor:
+    """The width of the bucket that each weight lies in, in units of ``w``: fp32, like ``w``, as bf16 deploys it."""
+    recipe = get_format(format, group_size)
+    check_weight("w", w, recipe)
+    w = w.detach().to(torch.bfloat16)
+    of_tensor, widths = recipe.fit_tensor(w), torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    for span, _, x, short in group_chunks(w, recipe):
+        params = recipe.params(x, short, of_tensor)
+        widths.view(-1)[span] = recipe.step(recipe.rank(x, params, short), params).reshape(-1)
+    return widths
+
+
+@torch.no_grad()
+def deploy_weights_(model: nn.Module, format: str) -> nn.Module:
+    """Replaces the weights that ``fake_quantized`` would quantize by the dequantized values, in place.
+
+    A checkpoint trained with ``fake_quant`` is saved so: then it computes the same whether it is quantized or not.
+    For that the format must reproduce its own values, which the bitsandbytes formats do; ``ct-int4-sym`` and
+    ``minmax-int4`` fit a new scale to them.
+    """
+    for layer in deployed_linears(model).values():
+        layer.weight.copy_(_DeployedWeight.apply(layer.weight, format))
+    return model
+
+
+@contextlib.contextmanager
+def _computing_with(model: nn.Module, weight_of: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    patched = []
+    try:
+        for layer in deployed_linears(model).values() if weight_of is not None else ():
+            patched.append((layer, layer.__dict__.get("forward")))
+            layer.forward = functools.partial(F.linear, weight=weight_of(layer.weight), bias=layer.bias)
+        yield
+    finally:
+        for layer, forward in patched:
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+class _DeployedWeight(torch.autograd.Function):
+    """Straight through, bf16 included: forget and retain gradients nearly cancel, so rounding each would show."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, format: str) -> Tensor:
+        return fake_quant(w.to(torch.bfloat16), format).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

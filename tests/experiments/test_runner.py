@@ -1,0 +1,397 @@
+"""A run goes on where it stopped, makes again only what changed, and gathers one file that everything is in."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+import yaml
+
+from quail.cli import main
+from quail.experiments import cells, runner
+from quail.experiments.recipe import load_recipe
+from quail.experiments.runner import run
+
+
+def made(out):
+    """When each cell of a run was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+
+
+def results(out):
+    return json.loads((out / "RESULTS.json").read_text(encoding="utf-8"))
+
+
+def without_times(out):
+    found = results(out)
+    del found["seconds"]
+    for row in found["rows"]:
+        del row["seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_checkpoint):
+    """A whole run of the small recipe, made once; tests work on copies."""
+    return {}
+
+
+@pytest.fixture
+def small(recipe_file, tmp_path_factory, tiny_checkpoint, finished):
+    """(write the recipe, a finished run of it that the test may change)."""
+    path = recipe_file()
+    out = path.parent / "run"
+    if "run" not in finished:
+        run(load_recipe(path), out, say=lambda line: None)
+        finished["run"] = tmp_path_factory.mktemp("finished") / "run"
+        shutil.copytree(out, finished["run"])
+    else:
+        shutil.copytree(finished["run"], out)
+    return recipe_file, out
+
+
+def test_the_results_hold_every_row(small):
+    _, out = small
+    found = results(out)
+    assert found["cells"] == {"planned": 16, "done": 16}
+    rows = found["rows"]
+    # 2 starts and 3 unlearned checkpoints, each under 2 quantizers, in 2 halves
+    assert len(rows) == 20
+    coordinates = {(r["regime"], r["method"], r["quantizer"], r["half"]) for r in rows}
+    assert len(coordinates) == 20
+    assert {(r["regime"], r["method"]) for r in rows} == {
+        ("16bit", None),
+        ("16bit", "GA+GDR"),
+        ("16bit", "NPO"),
+        ("grid:bnb-nf4", None),
+        ("grid:bnb-nf4", "GA+GDR"),
+    }
+    for row in rows:
+        assert row["task"] == "tofu" and row["seed"] == 0
+        assert ("examples" in row) == (row["half"] == "report")
+        for name, figures in row.get("examples", {}).items():
+            assert set(figures) == {"exact", "rouge_l", "nll", "truth_ratio"}
+            assert {len(values) for values in figures.values()} == {2}
+            for figure in ("exact", "rouge_l", "nll"):
+                assert row["metrics"][name][figure] == pytest.approx(sum(figures[figure]) / 2, rel=1e-3)
+        assert row["metrics"]["model"]["perplexity"] > 1
+        assert row["seconds"]["score"] > 0
+    assert found["made_by"][0]["versions"]["torch"] == torch.__version__
+    assert found["content"]["methods"]["NPO"]["forget_loss"] == "npo"
+
+
+def test_learning_and_unlearning_did_what_they_are_for(small):
+    _, out = small
+    nll = {
+        (row["regime"], row["method"], row["quantizer"]): row["metrics"]["forget"]["nll"]
+        for row in results(out)["rows"]
+        if row["half"] == "report"
+    }
+    assert nll["16bit", None, "none"] < 1.0  # ln 64 = 4.2 where nothing is known
+    assert nll["16bit", "GA+GDR", "none"] > 1.5 * nll["16bit", None, "none"]
+    # On the grid of nf4 quantizing again to it changes nothing.
+    assert nll["grid:bnb-nf4", None, "none"] == nll["grid:bnb-nf4", None, "rtn:bnb-nf4"]
+    assert nll["16bit", None, "none"] != nll["16bit", None, "rtn:bnb-nf4"]
+
+
+def test_a_stop_rule_is_obeyed_and_recorded(small):
+    _, out = small
+    training = {(r["regime"], r["method"]): r["training"] for r in results(out)["rows"] if r["method"]}
+    for outcome in training.values():
+        assert 1 <= outcome["steps"] <= 3
+        assert outcome["reached"] is (outcome["validation"] <= 0)
+        assert outcome["reached"] or outcome["steps"] == 3
+
+
+def test_a_finished_run_is_left_as_it_is(small):
+    write, out = small
+    before, rows = made(out), results(out)
+    assert len(before) == 16
+    outcome = run(load_recipe(write()), out, say=lambda line: None)
+    assert (outcome.done, outcome.planned, outcome.out_of_time) == (16, 16, False)
+    assert made(out) == before and results(out) == rows
+
+
+def test_only_starting_checkpoints_are_kept_unless_asked(small):
+    write, out = small
+    kinds = Counter(name.partition("-")[0] for name in made(out))
+    assert kinds == {"learn": 1, "start": 2, "unlearn": 3, "score": 10}
+    assert len(list((out / "checkpoints").iterdir())) == 3
+    run(load_recipe(write("kept.yaml", keep_checkpoints="all", methods={"x": {"max_steps": 2}})), out, say=print)
+    assert len(list((out / "checkpoints").iterdir())) == 5
+
+
+def test_a_changed_method_is_made_again_and_nothing_else(small):
+    write, out = small
+    before = made(out)
+    methods = write.content["methods"] | {"GA+GDR": {"learning_rate": 2e-3}}
+    run(load_recipe(write(methods=methods)), out, say=lambda line: None)
+    after = made(out)
+    assert {name: after[name] for name in before} == before
+    new = Counter(name.partition("-")[0] for name in after.keys() - before.keys())
+    assert new == {"unlearn": 2, "score": 4}
+    assert len(results(out)["rows"]) == 20  # those of the changed method in place of the old ones
+
+
+def test_a_method_by_another_name_is_not_made_again(small):
+    write, out = small
+    before = made(out)
+    methods = {"Gradient difference": {}, "NPO": write.content["methods"]["NPO"]}
+    run(load_recipe(write(methods=methods)), out, say=lambda line: None)
+    assert made(out) == before
+    assert {row["method"] for row in results(out)["rows"]} == {None, "Gradient difference", "NPO"}
+
+
+def test_changed_data_make_everything_again(small):
+    write, out = small
+    before = made(out)
+    path = write.data / "forget01_perturbed.json"
+    path.write_text(path.read_text().replace("a b ?", "a c ?", 1))
+    run(load_recipe(write()), out, only="NPO", say=lambda line: None)
+    new = Counter(name.partition("-")[0] for name in made(out).keys() - before.keys())
+    assert new == {"learn": 1, "start": 1, "unlearn": 1, "score": 4}
+
+
+def test_a_new_version_of_scoring_scores_again(small, monkeypatch):
+    write, out = small
+    before = made(out)
+    monkeypatch.setitem(cells.STAGE_VERSIONS, "score", 99)
+    run(load_recipe(write()), out, only="16bit/GA*", say=lambda line: None)
+    new = Counter(name.partition("-")[0] for name in made(out).keys() - before.keys())
+    assert new == {"score": 4}
+
+
+def test_a_new_quantizer_brings_back_the_checkpoints_that_were_dropped(small):
+    write, out = small
+    before, said = made(out), []
+    recipe = load_recipe(write(quantizers=["none", "rtn:bnb-nf4", "rtn:bnb-fp4"], regimes=["16bit"]))
+    old = {(row["cell"], row["half"]): row["metrics"] for row in results(out)["rows"]}
+    run(recipe, out, say=said.append)
+    new = Counter(name.partition("-")[0] for name in made(out).keys() - before.keys())
+    assert new == {"score": 3}
+    assert sum("again, for its checkpoint" in line for line in said) == 2
+    found = {(row["cell"], row["half"]): row["metrics"] for row in results(out)["rows"]}
+    kept = found.keys() & old.keys()
+    assert len(kept) == 12 and len(found) == 18
+    assert {place: found[place] for place in kept} == {place: old[place] for place in kept}
+
+
+def test_more_seeds_are_added_to_those_that_are_there(small):
+    write, out = small
+    run(load_recipe(write()), out, seeds=[1], only="NPO", say=lambda line: None)
+    rows = results(out)["rows"]
+    assert Counter(row["seed"] for row in rows) == {0: 20, 1: 8}
+    run(load_recipe(write()), out, say=lambda line: None)
+    assert results(out)["rows"] == rows
+
+
+def test_a_pattern_that_fits_nothing_is_bad_input(small, capsys):
+    write, out = small
+    assert main(["run", str(write()), "--out", str(out), "--only", "DPO*"]) == 2
+    assert capsys.readouterr().err.startswith("quail: only: expected a pattern of methods or REGIME/METHOD; got 'DPO*'")
+
+
+def test_missing_data_and_models_are_one_line(recipe_file, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main(["run", str(recipe_file(data="nowhere")), "--out", str(out)]) == 2
+    (recipe_file.data / "retain_perturbed.json").unlink()
+    assert main(["run", str(recipe_file()), "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and not out.exists()
+    assert lines[1] == f"quail: data: expected the file retain_perturbed.json in {recipe_file.data}; got none"
+
+
+def test_a_budget_ends_a_run_before_a_cell_that_would_outlast_it(small):
+    write, out = small
+    for path in (out / "cells").glob("unlearn-*"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"seconds": 7200}))
+    methods = write.content["methods"] | {"late": {"learning_rate": 3e-3}}
+    recipe, said = load_recipe(write(methods=methods)), []
+    before = made(out)
+    outcome = run(recipe, out, budget_minutes=60, say=said.append)
+    assert outcome.out_of_time and (outcome.done, outcome.planned) == (16, 22)
+    assert made(out) == before
+    assert said[-1].startswith("Out of time before 'unlearn seed 0 16bit late'")
+    outcome = run(recipe, out, budget_minutes=121, say=said.append)
+    assert not outcome.out_of_time and outcome.done == 22
+
+
+def test_an_interrupted_run_goes_on_to_the_same_results(small):
+    """Interrupted as Ctrl-C does, after every third cell."""
+    write, whole = small
+    out, recipe, runs = whole.parent / "pieces", load_recipe(write()), 0
+    while True:
+        lines = []
+
+        def say(line, lines=lines):
+            lines.append(line)
+            if len(lines) == 4:
+                raise KeyboardInterrupt
+
+        runs += 1
+        try:
+            run(recipe, out, say=say)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert runs > 4
+    assert without_times(out) == without_times(whole)
+
+
+def test_a_killed_run_goes_on_to_the_same_results(small):
+    """Killed inside a cell, and left with a checkpoint whose figures were never written."""
+    write, whole = small
+    path, out = write(), whole.parent / "killed"
+    command = [sys.executable, "-m", "quail", "run", str(path), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (out / "scratch").exists() and process.poll() is None:  # there while a cell unlearns
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert list((out / "cells").glob("score-*")) and not list((out / "cells").glob("unlearn-*"))
+    key = next((whole / "cells").glob("unlearn-*")).stem.partition("-")[2]
+    (out / "checkpoints" / key).mkdir()
+    (out / "checkpoints" / key / "model.safetensors").write_text("half of one")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert without_times(out) == without_times(whole)
+    assert not list(out.rglob("*.partial")) and not (out / "scratch").exists()
+
+
+def test_two_processes_do_not_share_a_run(small, capsys):
+    write, out = small
+    store = cells.Store(out).open()
+    try:
+        assert main(["run", str(write()), "--out", str(out)]) == 2
+        assert f"held by process {os.getpid()}" in capsys.readouterr().err
+    finally:
+        store.close()
+
+
+def test_an_audit_stands_beside_the_rows(small):
+    write, out = small
+    run(
+        load_recipe(write(audit=["bnb-nf4"], regimes=["grid:bnb-nf4"], methods={"GA+GDR": {}})),
+        out,
+        say=lambda line: None,
+    )
+    (audit,) = results(out)["audits"]
+    assert (audit["regime"], audit["method"], audit["seed"]) == ("grid:bnb-nf4", "GA+GDR", 0)
+    figures = audit["formats"]["bnb-nf4"]
+    assert figures["shipped_in"] == "this recipe" and 0 < figures["code_overlap"] <= 1
+    assert len(figures["layers"]) == 2
+
+
+def test_a_target_that_knows_is_not_taught(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file(learn=None, regimes=["16bit"], methods={"GA": {"retain_loss": "none"}}))
+    out = tmp_path / "run"
+    run(recipe, out, say=lambda line: None)
+    assert Counter(name.partition("-")[0] for name in made(out)) == {"start": 1, "unlearn": 1, "score": 4}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_rank": 2},
+        {"fake_quant": "bnb-nf4"},
+        {"fake_quant": "mixed"},
+        {"forget_loss": "idk"},
+        {"forget_loss": "dpo"},
+        {"forget_loss": "rmu", "retain_loss": "embed_diff"},
+        {"gamma": 1.0, "margin_mode": "calibrated", "hinge_space": "log_probs", "hinge_norm": "label"},
+        {"saliency": "neuron"},
+        {"floor_format": "bnb-nf4"},
+    ],
+    ids=lambda fields: " ".join(map(str, fields.values())),
+)
+def test_every_kind_of_method_runs(small, fields):
+    write, out = small
+    recipe = load_recipe(write(methods={"it": fields | {"max_steps": 2}}, regimes=["16bit"], quantizers=["none"]))
+    run(recipe, out, say=lambda line: None)
+    rows = [row for row in results(out)["rows"] if row["method"] == "it"]
+    start = [row for row in results(out)["rows"] if row["method"] is None]
+    assert len(rows) == 2
+    assert rows[1]["metrics"]["forget"]["nll"] != start[1]["metrics"]["forget"]["nll"]
+
+
+TWEETS = ["{} is a b c", "d {} e f", "g h {} i", "{} j k", "l m {}", "{} {} n o"]
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path, tiny_checkpoint):
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=1,
+    )
+    folder = tmp_path / "encoder"
+    BertModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_goes_through_all_stages(recipe_file, tiny_encoder, tmp_path):
+    lines = ["topic\tevent_id\tlabel\ttweet_id\ttext"]
+    for event, word in (("EN01", "x"), ("EN02", "y"), ("EN03", "z")):
+        for label in ("False", "True"):
+            for number, text in enumerate(TWEETS):
+                lines.append(f"T\t{event}\t{label}\t{number}\t{text.format(word, word)} {number}")
+    (recipe_file.data / "mide22_en_misinfo_tweets.tsv").write_text("\n".join(lines), encoding="utf-8")
+    path = recipe_file(
+        task="mide22-classification",
+        model=str(tiny_encoder),
+        settings={"events": ["EN01", "EN02", "EN03"], "forget_event": "EN02", "tweets": 8, "max_length": 16},
+        learn={"learning_rate": 3e-3, "epochs": 20, "batch_size": 8},
+        stop={"metric": "accuracy", "at": 0.4},
+        quantizers=["none", "rtn:bnb-nf4", "bnb-nf4"],
+        methods={"GA+GDR": {"max_steps": 40, "learning_rate": 3e-4}},
+    )
+    out = tmp_path / "run"
+    run(load_recipe(path), out, say=lambda line: None)
+    rows = {(r["half"], r["method"], r["quantizer"]): r for r in results(out)["rows"]}
+    start, after = rows["validation", None, "none"], rows["validation", "GA+GDR", "none"]
+    assert start["metrics"]["forget"]["accuracy"] == start["metrics"]["retain"]["accuracy"] == 1.0
+    assert start["metrics"]["retain"]["macro_f1"] == 1.0
+    assert after["training"]["reached"] and after["metrics"]["forget"]["accuracy"] <= 0.4
+    # 6 false tweets of EN02, 8 of each other event; the odd half of the one, the even half of the other
+    examples = rows["report", None, "none"]["examples"]
+    assert len(examples["forget"]["nll"]) == 3 and len(examples["retain"]["nll"]) == 8
+    assert set(examples["forget"]["label"]) == {1} and set(examples["retain"]["label"]) == {0, 2}
+
+
+def test_the_command_prints_where_the_results_are(small, capsys):
+    write, out = small
+    assert main(["run", str(write()), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"16 of 16 cells done; results: {out}/RESULTS.json"
+
+
+def test_the_quick_form_has_a_folder_of_its_own(recipe_file, monkeypatch, tmp_path):
+    asked = {}
+
+    def fake_run(recipe, out, **options):
+        asked.update(out=out, quick=recipe.quick, **options)
+        return runner.Outcome(1, 2, True)
+
+    monkeypatch.setattr(runner, "run", fake_run)
+    path = recipe_file(quick={"seeds": [2]})
+    assert main(["run", str(path), "--quick", "--seeds", "3,4", "--budget-minutes", "1.5", "--data", "d"]) == 0
+    assert asked["out"] == "runs/small-quick" and asked["quick"] is True
+    assert (asked["seeds"], asked["budget_minutes"], asked["data"]) == ((3, 4), 1.5, "d")
+
+
+def test_recipes_are_plain_yaml(recipe_file):
+    assert yaml.safe_load(recipe_file().read_text()) == recipe_file.content
