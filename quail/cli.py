@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="RUN", help="the run's folder, new or to go on with (runs/RECIPE)")
     run.add_argument("--quick", action="store_true", help="the recipe's short form")
     run.add_argument("--seeds", metavar="LIST", help="instead of the recipe's, as 0,1,2")
-    run.add_argument("--only", metavar="GLOB", help="methods that fit, by name or as REGIME/METHOD")
+    run.add_argument("--only", metavar="GLOB,...", help="methods that fit one, by name or as REGIME/METHOD")
     run.add_argument("--data", metavar="FOLDER", help="where the recipe's data folder lies; default: $QUAIL_DATA")
     run.add_argument("--budget-minutes", type=float, metavar="N", help="stop before a cell that would end later")
     run.set_defaults(run=_run)

@@ -51,7 +51,7 @@ def run(
 ) -> Outcome:
     """Makes the cells of ``recipe`` that are not in the run folder ``out`` yet, and gathers ``RESULTS.json``.
 
-    ``seeds`` replaces the recipe's. ``only`` is a shell pattern: of methods, or of ``REGIME/METHOD``; the starting
+    ``seeds`` replaces the recipe's. ``only`` is shell patterns, with commas between: of methods, or of ``REGIME/METHOD``; the starting
     points' scores are made in any case. ``budget_minutes`` ends the run before a cell that would outlast it, going by
     the longest earlier cell of its stage. Raises ValueError where the data, the base model or the folder are not what
     a run needs, before anything is trained.
@@ -285,7 +285,8 @@ class _Runner:
 
 
 def _fits(only: str, regime: str, method: str) -> bool:
-    return any(fnmatch.fnmatchcase(text, only) for text in (method, f"{regime}/{method}"))
+    patterns = [pattern.strip() for pattern in only.split(",")]
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (method, f"{regime}/{method}") for pattern in patterns)
 
 
 def _audit_summary(report) -> dict:
