@@ -51,10 +51,10 @@ def run(
 ) -> Outcome:
     """Makes the cells of ``recipe`` that are not in the run folder ``out`` yet, and gathers ``RESULTS.json``.
 
-    ``seeds`` replaces the recipe's. ``only`` is shell patterns, with commas between: of methods, or of ``REGIME/METHOD``; the starting
-    points' scores are made in any case. ``budget_minutes`` ends the run before a cell that would outlast it, going by
-    the longest earlier cell of its stage. Raises ValueError where the data, the base model or the folder are not what
-    a run needs, before anything is trained.
+    ``seeds`` replaces the recipe's. ``only`` is shell patterns, with commas between: of methods, or of
+    ``REGIME/METHOD``; the starting points' scores are made in any case. ``budget_minutes`` ends the run before a cell
+    that would outlast it, going by the longest earlier cell of its stage. Raises ValueError where the data, the base
+    model or the folder are not what a run needs, before anything is trained.
     """
     started = time.monotonic()
     task = TASKS[recipe.task](recipe.settings, recipe.data_folder(data), recipe.model)
