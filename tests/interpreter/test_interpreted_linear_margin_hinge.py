@@ -119,6 +119,15 @@ def test_the_whole_op(norm, space, dtype, softcap):
     for got, expected in zip(*outputs, strict=True):
         assert got.isfinite().all() and not got[1]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    slope_may_err = 0.0
+    if norm == "l2" and space == "log_probs":
+        # Its slope is weight times the sum of d over the vocabulary: a normalizer of either model that rounds to its
+        # neighbour moves every d of the token. What has the slope goes by the probabilities, times states or weights.
+        neighbours = 2 * torch.finfo(torch.float32).eps * lse.max().item()
+        operands = max(x.float().nan_to_num(0).abs().max().item() for x in models[:2])
+        slope_may_err = (
+            neighbours * 300 * stats[:, 2].max().item() * max(g.abs().max().item() for g in grads) * operands
+        )
     for got, expected in zip(*gradients, strict=True):
         assert got.isfinite().all() and got.any()
         # The products are the same bits; gradients of logits may round to neighbouring numbers of the dtype. Capped
@@ -126,7 +135,7 @@ def test_the_whole_op(norm, space, dtype, softcap):
         # so are normalizers, of up to log(300) + 6 with the 1 of that bound.
         ulp = torch.finfo(dtype).eps
         handed_on = 6 * 8 + (0 if space == "logits" else 13 * 8)
-        atol = (4 if softcap is None else handed_on) * ulp * expected.abs().max().item()
+        atol = (4 if softcap is None else handed_on) * ulp * expected.abs().max().item() + slope_may_err
         torch.testing.assert_close(got, expected, rtol=16 * ulp, atol=atol)
     hinge, active, log_prob, ref_log_prob, lse, stats = linear._forward(linear._TRITON, *models, labels, *options)
     arguments = (*models, labels, lse, stats, *options, [True, True, True])
