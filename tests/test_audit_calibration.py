@@ -351,7 +351,7 @@ def test_markdown_of_many_layers_lists_those_with_the_least(report):
         figures = report.calibration.formats["bnb-nf4"]
         formats[format] = figures
         for i in range(30):
-            here = replace(figures, output_snr_median=10.0 ** -(i / 2.5), output_snr_min=1e-12)
+            here = replace(figures, output_snr_median=1.0, output_snr_min=1e-12, output_cosine=1 / (i + 1))
             layers.append(OutputRow(f"transformer.encoder.layers.{i}", f"layers.{i}", "", format, 7, here))
     not_measured = tuple(NotMeasured(f"model.layers.{i}.mlp.experts", "no linear layer has it") for i in range(9))
     found = replace(report.calibration, formats=formats, layers=tuple(layers), not_measured=not_measured)
@@ -360,8 +360,8 @@ def test_markdown_of_many_layers_lists_those_with_the_least(report):
     by_layer = next(i for i, line in enumerate(lines) if line.startswith("| layer"))
     names = [line.split("|")[1].strip() for line in lines[by_layer + 2 :][:8]]
     assert [name[-3:] for name in names] == [f".{i}" for i in range(29, 21, -1)]
-    assert "the 8 layers with the least, of 30:" in " ".join(lines[by_layer - 3 : by_layer])
-    assert "-120.0" in lines[by_layer + 2]
+    assert "the 8 layers with the least cosine, of 30:" in " ".join(lines[by_layer - 3 : by_layer])
+    assert "lost/-120.0" in lines[by_layer + 2]
     assert any("9 tensors" in line for line in lines)
 
 
@@ -381,7 +381,9 @@ def test_the_page_has_a_cell_a_tensor_and_says_lost(pair, report, tmp_path):
     lost = audit(before, after, ["bnb-nf4"], calibration=[TEXT])
     figures = lost.calibration.formats["bnb-nf4"]
     assert figures.output_snr == 1 and figures.output_share == 0
-    assert lost.to_html().count("lost</td>") == 14
+    # A cell a tensor; of all the SNR, the median and the least.
+    assert lost.to_html().count("lost</td>") == 14 + 3
+    assert lost.to_markdown().count("| lost/lost |") == 2
 
 
 def test_a_gate_may_ask_for_the_outputs(report, pair):

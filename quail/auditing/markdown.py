@@ -175,7 +175,7 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
     yield from _wrap(
         "signal: dw x, with x the inputs of a layer, summed over all tokens and tensors; noise: (dq - dw) x; median, "
         "least: of the tensors; flip law: what it expects of weights shipped in 16 bits; share: of dw x, what arrives "
-        "along its direction. SNR 0 with share 0: nothing arrives."
+        "along its direction; lost: nothing arrives, so that the noise is the update itself and the SNR 0 dB."
     )
     rows = {(row.name, row.format): row.figures for row in calibration.layers if row.figures.output_snr is not None}
     layers = list(dict.fromkeys(name for name, _ in rows))
@@ -192,11 +192,13 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
                 shown.append(format)
                 room -= column
 
-        def of_median(name: str) -> float:
-            return min(rows[name, format].output_snr_median for format in shown if (name, format) in rows)
+        # The SNR of an update that is lost is above that of one that arrives inside noise: the cosine tells them apart.
+        def least_cosine(name: str) -> float:
+            return min(rows[name, format].output_cosine or 0.0 for format in shown if (name, format) in rows)
 
-        least = sorted((name for name in layers if any((name, format) in rows for format in shown)), key=of_median)
-        of = f"the {_LISTED} layers with the least, of {len(layers)}" if len(layers) > _LISTED else "every layer"
+        least = sorted((name for name in layers if any((name, format) in rows for format in shown)), key=least_cosine)
+        of = f"the {_LISTED} layers with the least cosine, of {len(layers)}"
+        of = of if len(layers) > _LISTED else "every layer"
         yield ""
         yield from _wrap(f"SNR by layer in dB, the median of its tensors / the least: {of}:")
         yield ""
@@ -219,7 +221,8 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
 
 
 def _decibels(ratio: float) -> str:
-    return f"{10 * math.log10(ratio):.1f}"
+    # Where something arrives, it does not leave a noise that is the update to the last bit.
+    return "lost" if ratio == 1 else f"{10 * math.log10(ratio):.1f}"
 
 
 def _by_place(kind: str, rows: tuple[Row, ...], report: AuditReport) -> Iterator[str]:

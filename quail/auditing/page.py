@@ -96,7 +96,7 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
         rows.append(
             (
                 str(get_format(format)),
-                *(_or_dash(ratio, lambda ratio: f"{_decibels(ratio)} dB") for ratio in ratios),
+                *(_or_dash(ratio, _in_decibels) for ratio in ratios),
                 _or_dash(figures.output_cosine, lambda number: f"{number:.2g}"),
                 _or_dash(figures.output_share, lambda share: f"{percent(share)} %"),
             )
@@ -105,7 +105,7 @@ def _outputs(calibration: Calibration) -> Iterator[str]:
     yield (
         '<p class="note">Signal: dw x, with x the inputs of a layer; noise: (dq - dw) x; squares summed over tokens '
         "and tensors. Median, least: of the tensors. Flip law: what it expects of weights shipped in 16 bits. Share: "
-        "of dw x, what arrives along its direction.</p>"
+        "of dw x, what arrives along its direction. Lost: nothing arrives, so that the noise is the update itself.</p>"
     )
 
 
@@ -184,6 +184,11 @@ def _output_cell(layer: str, module: str, figures: OutputFigures | None) -> str:
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
     text = "lost" if lost else str(round(figures.output_snr_db))
     return f'<td style="background: {color(share)}; color: {ink}" title="{escape(told)}">{text}</td>'
+
+
+def _in_decibels(ratio: float) -> str:
+    # Where something arrives, it does not leave a noise that is the update to the last bit.
+    return "lost" if ratio == 1 else f"{_decibels(ratio)} dB"
 
 
 def _decibels(ratio: float) -> str:
