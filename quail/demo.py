@@ -31,6 +31,7 @@ from quail_kernels import bucket_compare
 from . import losses
 from .data import QA_TEMPLATE, Example, UnlearningCollator, UnlearningDataset, collate, encode, load_examples
 from .evaluate import Evaluation, evaluate
+from .machine import bf16_is_fast
 from .models import default_device, load_for_training, refuse_to_overwrite, save_checkpoint
 from .quantizers import deploy
 from .report import write_report
@@ -198,7 +199,7 @@ class _UpperLayers:
 
     @staticmethod
     def autocast():
-        return torch.autocast(default_device().type, dtype=torch.bfloat16, enabled=_bf16_is_fast())
+        return torch.autocast(default_device().type, dtype=torch.bfloat16, enabled=bf16_is_fast())
 
     def trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -285,7 +286,7 @@ def _unlearn(upper: _UpperLayers, method: Method, claims: int, scratch: str, see
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         per_device_train_batch_size=BATCH,
-        bf16=_bf16_is_fast(),
+        bf16=bf16_is_fast(),
         use_cpu=default_device().type == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
@@ -343,23 +344,13 @@ def _restore(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
             p.copy_(weights[name])
 
 
-def _bf16_is_fast() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def _machine() -> dict:
     import bitsandbytes
     import transformers
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, bitsandbytes)}
-    return {"device": device, "threads": torch.get_num_threads(), "bf16": _bf16_is_fast()} | versions
+    return {"device": device, "threads": torch.get_num_threads(), "bf16": bf16_is_fast()} | versions
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ EXAMPLES = [Example("Question: a?\nAnswer:", " b c d"), Example("Question: a b c
 @pytest.fixture
 def upper(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("quail.demo.UPPER_LAYERS", 1)
-    monkeypatch.setattr("quail.demo._bf16_is_fast", lambda: False)
+    monkeypatch.setattr("quail.demo.bf16_is_fast", lambda: False)
     return _UpperLayers(*load_for_training(str(tiny_checkpoint)), EXAMPLES)
 
 

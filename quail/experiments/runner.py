@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from ..machine import made_by
 from ..models import save_checkpoint
 from ..weights import deploy_weights_
 from . import training
 from .cells import STAGE_VERSIONS, WITH_CHECKPOINT, Cell, Store, dumps, rounded
-from .machine import made_by
 from .recipe import REGIME_16BIT, REGIME_GRID, Recipe
 from .tasks import TASKS, Task
 

@@ -9,10 +9,10 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .. import losses
 from ..data import UnlearningDataset, collate
+from ..machine import bf16_is_fast
 from ..models import default_device
 from ..trainer import QuailConfig, QuailTrainer
 from ..weights import fake_quantized
-from .machine import bf16_is_fast
 from .recipe import Learn, Method, Stop
 from .tasks import Task
 
