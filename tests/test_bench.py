@@ -22,7 +22,8 @@ from bench.measure import Meter, quantiles
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a GPU image in use does not have.
-NOT_THERE = ("bitsandbytes", "compressed_tensors", "gguf", "hypothesis", "peft", "torchao", "transformers")
+NOT_THERE = ("bitsandbytes", "compressed_tensors", "gguf", "hypothesis", "liger_kernel", "peft")
+NOT_THERE += ("torchao", "transformers")
 CASES = {case.name: case for case in all_cases(size=0)}
 HINGES = ("logit_margin_hinge", "linear_logit_margin_hinge")
 
@@ -86,7 +87,7 @@ def test_rows_of_the_dry_run(dry):
         if case.op == "training_step":
             assert all(row["outcome"] == "absent" and "transformers" in row["reason"] for row in by_peer.values())
             continue
-        for peer in ("bitsandbytes", "torchao"):
+        for peer in ("bitsandbytes", "torchao", "liger"):
             if peer in by_peer:
                 assert by_peer[peer]["outcome"] == "absent" and peer in by_peer.pop(peer)["reason"]
         for row in by_peer.values():
@@ -235,10 +236,10 @@ _REAL_WORK = worker._work
 
 def test_a_peer_that_fails_hangs_or_dies_costs_one_row(monkeypatch):
     monkeypatch.setattr(worker, "_work", _work_on_faults)
-    monkeypatch.setattr(worker, "_PEER_LIMIT_S", 5.0)
+    monkeypatch.setattr(worker, "_PEER_LIMIT_S", 20.0)
     heard = []
     worker.run(
-        "cpu", True, [case.name for case in FAULTS[:2]], time.monotonic() + 100, lambda *event: heard.append(event)
+        "cpu", True, [case.name for case in FAULTS[:2]], time.monotonic() + 300, lambda *event: heard.append(event)
     )
     roofs = [value for kind, _, value in heard if kind == "roof"]
     assert len(roofs) == 1 and roofs[0]["copy_gb_s"] > 0
@@ -247,7 +248,7 @@ def test_a_peer_that_fails_hangs_or_dies_costs_one_row(monkeypatch):
         "raises": ("failed", "RuntimeError: the peer's own fault"),
         "wrong": ("check failed", "largest error 3, 0 of a million differ"),
         "quits": ("failed", "its process ended with exit status 9"),
-        "hangs": ("failed", "took more than 5 s"),
+        "hangs": ("failed", "took more than 20 s"),
         "right": ("measured", None),
     }
     assert not any("p50_ms" in row for row in faults if row["outcome"] != "measured"), "a wrong answer has no speed"
@@ -258,8 +259,8 @@ def test_a_peer_that_fails_hangs_or_dies_costs_one_row(monkeypatch):
 def test_a_hang_ends_at_the_deadline(monkeypatch):
     monkeypatch.setattr(worker, "_work", _work_on_faults)
     heard, began = [], time.monotonic()
-    worker.run("cpu", True, [FAULTS[2].name], began + 15, lambda *event: heard.append(event))
-    assert time.monotonic() - began < 35
+    worker.run("cpu", True, [FAULTS[2].name], began + 40, lambda *event: heard.append(event))
+    assert time.monotonic() - began < 70
     assert [value["outcome"] for kind, _, value in heard if kind == "row"] == ["measured", "skipped"]
     assert heard[-1][2] == {"peer": "hangs", "outcome": "skipped", "reason": "the time was up while it ran"}
 
