@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ _QUANTIZED_NAMES = ("weight", "weight_packed", "qweight")
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(ABC):
     """One tensor of a checkpoint, as a matrix [product of the leading dimensions, last dimension].
 
     Attributes:
@@ -49,9 +50,9 @@ class Stored:
         columns = self.shape[-1] if self.shape else 1
         return (math.prod(self.shape[:-1]), columns)
 
+    @abstractmethod
     def read(self, rows: slice, columns: slice = slice(None), pinned: bool = False) -> torch.Tensor:
         """[rows, columns] of the matrix, contiguous. ``pinned`` asks for page-locked memory."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,12 @@ class Task(ABC):
         model.requires_grad_(True)
 
     def refusals(self, config) -> list[dict]:
-        """Rows that answer the forget set's prompts with refusals, for the losses ``idk`` and ``dpo``."""
-        raise NotImplementedError(f"{self.name} has no refusals")
+        """Rows that answer the forget set's prompts with refusals, for the losses ``idk`` and ``dpo``.
+
+        Raises ValueError where the task has no prompts to refuse, as by default.
+        """
+        expected = f"expected one of {', '.join(self.forget_losses)} for {self.name}"
+        raise ValueError(f"forget_loss: {expected}; got {config.forget_loss!r}")
 
     def summarize(self, name: str, examples: Mapping[str, list]) -> dict[str, float]:
         """Figures of one half of the set ``name`` from those of its examples; by default their means."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -51,9 +52,9 @@ class LanguageTask(Task):
     forget_losses = ("ga", "npo", "simnpo", "rmu", "idk", "dpo")
     score_settings = frozenset({"retain_scored", "score_batch"})
 
+    @abstractmethod
     def sets(self) -> tuple[list[Example], list[Example]]:
         """What is to be forgotten and what is to be kept, as prompts and completions."""
-        raise NotImplementedError
 
     def model_folder(self) -> str:
         if self.model is not None:
