@@ -6,14 +6,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import bert, class_rows, llama
+from tiny import bert, class_rows, llama, training
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from quail import losses
 from quail.data import UnlearningCollator, UnlearningDataset, collate
 from quail.quantizers import quantized_layers
 from quail.references import AdapterOffReference
-from quail.trainer import QuailConfig, QuailTrainer, deploy_weights_, fake_quantized
+from quail.trainer import QuailTrainer, deploy_weights_, fake_quantized
 from quail.weights import deployed_linears
 from quail_kernels import fake_quant
 
@@ -23,21 +23,7 @@ FORGET, RETAIN = class_rows([5, 9, 3, 7]), class_rows([4, 4, 8, 6, 2], seed=1)
 @pytest.fixture
 def config(tmp_path):
     def config(**options):
-        defaults = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "max_steps": 2,
-            "dataloader_pin_memory": False,
-            "margin_mode": "absolute",
-            "margin": 2.0,
-        }
-        return QuailConfig(**defaults | options)
+        return training(tmp_path, **{"margin_mode": "absolute", "margin": 2.0} | options)
 
     return config
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny import llama, rows
+from tiny import llama, rows, training
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_utils import set_seed
 
@@ -30,19 +30,7 @@ IDK = rows([(4, 2), (6, 3), (2, 4), (1, 3)], seed=2)
 @pytest.fixture
 def config(tmp_path):
     def config(**options):
-        defaults = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "max_steps": 2,
-            "dataloader_pin_memory": False,
-        }
-        return QuailConfig(**defaults | options)
+        return training(tmp_path, **options)
 
     return config
 

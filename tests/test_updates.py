@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny import llama, rows
+from tiny import llama, rows, training
 from transformers import TrainerCallback
 
 from quail import losses
 from quail.data import UnlearningCollator, UnlearningDataset, collate
-from quail.trainer import QuailConfig, QuailTrainer, deploy_weights_
+from quail.trainer import QuailTrainer, deploy_weights_
 from quail.updates import push_over_edge, saliency_masks
 from quail.weights import bucket_widths, deployed_linears, noisy
 from quail_kernels import FORMATS, bucket_compare, fake_quant, quantize
@@ -20,19 +20,8 @@ FORGET, RETAIN = rows([(4, 3), (6, 1), (2, 7), (0, 4)]), rows([(3, 2), (5, 6), (
 @pytest.fixture
 def train(tmp_path):
     def train(model, callbacks=(), **options):
-        defaults = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "max_steps": 4,
-            "dataloader_pin_memory": False,
-            "gamma": 0.0,
-        }
-        dataset, args = UnlearningDataset(FORGET, RETAIN), QuailConfig(**defaults | options)
+        defaults = {"per_device_train_batch_size": 2, "max_steps": 4, "gamma": 0.0}
+        dataset, args = UnlearningDataset(FORGET, RETAIN), training(tmp_path, **defaults | options)
         trainer = QuailTrainer(model, args, dataset, data_collator=UnlearningCollator(0), callbacks=list(callbacks))
         trainer.train()
         return trainer

@@ -3,6 +3,8 @@
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from quail.trainer import QuailConfig
+
 VOCAB = 128
 
 
@@ -58,3 +60,20 @@ def class_rows(lengths, seed=0, labels=3):
         }
         for length in lengths
     ]
+
+
+def training(folder, **options):
+    """A QuailConfig of two quiet steps on the CPU."""
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 2,
+        "dataloader_pin_memory": False,
+    }
+    return QuailConfig(**defaults | options)
