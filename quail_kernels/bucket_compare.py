@@ -29,10 +29,11 @@ from typing import Literal
 
 import torch
 
+from . import cpu
 from ._sharding import admit_dtensors
 from ._triton import larger, largest, tl, triton
 from .formats import Format, check_weight, get_format, group_chunks
-from .formats.base import tensor_range
+from .formats.base import flat_part, tensor_range
 from .formats.tiles import (
     in_parts,
     launch_options,
@@ -278,6 +279,29 @@ def _bucket_compare_torch(
         counts[3] = (counts[3] == chunks).long()
     counts[len(_COUNTS) :] = torch.tensor(code_distance)
     return counts, sums, top, group_same
+
+
+def _bucket_compare_cpu(
+    before: torch.Tensor, after: torch.Tensor, recipe: Format, shared_scales: bool, per_group: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loops = cpu.loops_for(recipe, before)
+    if loops is None:
+        return _bucket_compare_torch(before, after, recipe, shared_scales, per_group)
+    grid = int(shared_scales)
+
+    def work(span: slice) -> loops.Found:
+        found = cpu.nothing_found(groups=recipe.groups(span.stop - span.start) if per_group else 0)
+        x, y = (cpu.bits_of(flat_part(w, span)) for w in (before, after))
+        loops.compare(x, y, cpu.recipe_of(recipe, before.dtype), not shared_scales, shared_scales, found)
+        return found
+
+    found = cpu.in_threads(work, cpu.spans_of(before.numel(), recipe))
+    on_grid, zero_groups, below_half_step, _ = sum(part.counts for part in found).tolist()
+    same_value = sum(int(part.same_value[grid]) for part in found)
+    counts = [same_value, below_half_step, on_grid, zero_groups, *sum(part.distances[grid] for part in found).tolist()]
+    sums = torch.tensor([sum(float(part.sums[i]) for part in found) for i in range(2)], dtype=torch.float64)
+    top = torch.tensor(max(int(part.largest[0]) for part in found), dtype=torch.int32)
+    return torch.tensor(counts), sums, top, torch.cat([torch.from_numpy(part.group_same) for part in found])
 
 
 @triton.jit
@@ -526,7 +550,7 @@ def _bucket_compare_op(
     shared_scales: bool,
     per_group: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _bucket_compare_torch(before, after, get_format(format, group_size), shared_scales, per_group)
+    return _bucket_compare_cpu(before, after, get_format(format, group_size), shared_scales, per_group)
 
 
 @_bucket_compare_op.register_kernel("cuda")

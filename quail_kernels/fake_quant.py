@@ -18,6 +18,7 @@ import math
 
 import torch
 
+from . import cpu
 from ._sharding import admit_dtensors
 from ._triton import tl, triton
 from .formats import (
@@ -31,6 +32,7 @@ from .formats import (
     group_spans,
     look_up,
 )
+from .formats.base import flat_part
 from .formats.tiles import (
     in_parts,
     launch_options,
@@ -91,6 +93,58 @@ def _dequantize_torch(
 def _packed(span: slice) -> slice:
     """Where the codes of these weights lie: a span starts with a group, so at an even weight."""
     return slice(span.start // 2, (span.stop + 1) // 2)
+
+
+def _fake_quant_cpu(w: torch.Tensor, recipe: Format) -> torch.Tensor:
+    loops = cpu.loops_for(recipe, w)
+    if loops is None:
+        return _fake_quant_torch(w, recipe)
+    w_q = torch.empty(w.shape, dtype=w.dtype)
+    numbers, out = cpu.recipe_of(recipe, w.dtype), cpu.bits_of(w_q)
+
+    def work(span: slice) -> None:
+        loops.fake_quant(cpu.bits_of(flat_part(w, span)), numbers, out[span])
+
+    cpu.in_threads(work, cpu.spans_of(w.numel(), recipe))
+    return w_q
+
+
+def _quantize_cpu(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    loops = cpu.loops_for(recipe, w)
+    if loops is None:
+        return _quantize_torch(w, recipe)
+    n, size = w.numel(), recipe.group_size
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    params = torch.empty((recipe.groups(n), 2))
+    numbers, packed, by_group = cpu.recipe_of(recipe, w.dtype), codes.numpy(), params.numpy()
+
+    def work(span: slice) -> None:
+        groups = slice(span.start // size, -(-span.stop // size))
+        loops.quantize(cpu.bits_of(flat_part(w, span)), numbers, packed[_packed(span)], by_group[groups])
+
+    cpu.in_threads(work, cpu.spans_of(n, recipe))
+    return codes, params[:, : recipe.n_params].reshape(recipe.params_shape(n)).to(recipe.params_dtype(w.dtype))
+
+
+def _dequantize_cpu(
+    codes: torch.Tensor, scales: torch.Tensor, recipe: Format, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    w_q = torch.empty(shape, dtype=dtype)
+    loops = cpu.loops_for(recipe, w_q)
+    if loops is None or scales.dtype != recipe.params_dtype(dtype):
+        return _dequantize_torch(codes, scales, recipe, shape, dtype)
+    n, size = w_q.numel(), recipe.group_size
+    params = torch.zeros((recipe.groups(n), 2))
+    params[:, : recipe.n_params] = scales.reshape(-1, recipe.n_params)
+    numbers, out = cpu.recipe_of(recipe, dtype), cpu.bits_of(w_q)
+    packed, by_group = codes.contiguous().numpy(), params.numpy()
+
+    def work(span: slice) -> None:
+        groups = slice(span.start // size, -(-span.stop // size))
+        loops.dequantize(packed[_packed(span)], by_group[groups], numbers, out[span])
+
+    cpu.in_threads(work, cpu.spans_of(n, recipe))
+    return w_q
 
 
 @triton.jit
@@ -372,7 +426,7 @@ def _dequantize_triton(
 # comes after the group size.
 @torch.library.custom_op("quail::fake_quant", mutates_args=(), device_types="cpu")
 def _fake_quant_op(w: torch.Tensor, group_size: int | None, format: str) -> torch.Tensor:
-    return _fake_quant_torch(w, get_format(format, group_size))
+    return _fake_quant_cpu(w, get_format(format, group_size))
 
 
 @_fake_quant_op.register_kernel("cuda")
@@ -390,7 +444,7 @@ _fake_quant_op.register_autograd(lambda ctx, grad: (grad, None, None))
 
 @torch.library.custom_op("quail::quantize", mutates_args=(), device_types="cpu")
 def _quantize_op(w: torch.Tensor, group_size: int | None, format: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return _quantize_torch(w, get_format(format, group_size))
+    return _quantize_cpu(w, get_format(format, group_size))
 
 
 @_quantize_op.register_kernel("cuda")
@@ -414,7 +468,7 @@ def _dequantize_op(
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return _dequantize_torch(codes, scales, get_format(format, group_size), shape, dtype)
+    return _dequantize_cpu(codes, scales, get_format(format, group_size), shape, dtype)
 
 
 @_dequantize_op.register_kernel("cuda")

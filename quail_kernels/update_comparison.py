@@ -21,8 +21,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from . import cpu
 from .bucket_compare import BINS, BucketComparison, Change, count_distances, place_and_value, step_of
 from .formats import Format, check_weight, chunk_size, get_format, group_rows, group_spans, tensor_range
 
@@ -182,7 +184,37 @@ class _RecipeTally:
         totals["unchanged"] += int(change.n_unchanged)
         totals["sum_abs_change"] += change.sum_size.item()
         totals["sum_square_change"] += change.sum_square.item()
-        largest = change.max_size.item()
+        self._see_change(change.max_size.item())
+
+    def add_by_loops(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """A whole block, flat, where ``cpu`` has loops for it; whether it has."""
+        loops = cpu.loops_for(self.recipe, x)
+        if loops is None:
+            return False
+        numbers = cpu.recipe_of(self.recipe, x.dtype)
+
+        def work(span: slice):
+            found = cpu.nothing_found(sizes=len(self._sizes), first_size=_FIRST_BIN)
+            loops.compare(cpu.bits_of(x[span]), cpu.bits_of(y[span]), numbers, True, True, found)
+            return found
+
+        for found in cpu.in_threads(work, cpu.spans_of(len(x), self.recipe)):
+            self._add_found(found)
+        return True
+
+    def _add_found(self, found) -> None:
+        totals = self._totals
+        for name, count in zip(_COUNTS, found.counts.tolist(), strict=True):
+            totals[name] += count
+        for name, total in zip(("sum_abs_change", "sum_flip_law", *_SUMS), found.sums.tolist(), strict=True):
+            totals[name] += total
+        for i, grid in enumerate((self._own_grid, self._same_grid)):
+            grid["same_value"] += int(found.same_value[i])
+            grid["code_distance"] = list(map(int.__add__, grid["code_distance"], found.distances[i].tolist()))
+        self._sizes += torch.from_numpy(found.sizes)
+        self._see_change(float(found.largest.view(np.float32)[0]))
+
+    def _see_change(self, largest: float) -> None:
         if math.isnan(largest) or largest > self._max_change:
             self._max_change = largest
 
@@ -274,9 +306,12 @@ class UpdateTally:
         for name, recipe in self._recipes.items():
             # A group that is the whole tensor is counted with the block that starts it.
             self._groups[name] += recipe.groups(n) if recipe.group_size is not None or starts else 0
-        self._add_chunks(before.detach().view(-1), after.detach().view(-1))
+        x, y = before.detach().view(-1), after.detach().view(-1)
+        self._add_chunks(x, y, [tally for tally in self._tallies.values() if not tally.add_by_loops(x, y)])
 
-    def _add_chunks(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _add_chunks(self, x: torch.Tensor, y: torch.Tensor, tallies: list[_RecipeTally]) -> None:
+        if not tallies:
+            return
         n = len(x)
         period = self._period if self._period <= _LONGEST_PERIOD else n + 1
         main = n // period * period
@@ -284,9 +319,9 @@ class UpdateTally:
         for start in range(0, main, stride):
             chunk = slice(start, min(start + stride, main))
             change = Change(x[chunk], y[chunk], self._common)
-            for tally in self._tallies.values():
+            for tally in tallies:
                 tally.add(*(group_rows(w[chunk], tally.recipe, False) for w in (x, y)), False, change)
-        for tally in self._tallies.values():
+        for tally in tallies:
             for span, _, short in group_spans(n - main, tally.recipe):
                 rows = [group_rows(w[main:][span], tally.recipe, short) for w in (x, y)]
                 tally.add(*rows, short, Change(*rows, rows[0].shape[1]))

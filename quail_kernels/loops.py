@@ -1,0 +1,649 @@
+"""What the ops do on the CPU: loops over a tensor that numba compiles, with the rules as loops over a row of them.
+
+A row is some groups, one after the other, in fp32: scratch that stays in the L1 cache. Weights are loaded into it from
+their bits, uint32 of fp32 and uint16 of bf16 and fp16, and everything is done with them there, in plain loops that LLVM
+turns into vector instructions. Nothing is contracted or reordered, so that every bit is that of the PyTorch reference,
+but in functions that are ``unordered``.
+
+A rule is four functions, by its KIND in ``KINDS``; ``scale`` and ``aux`` are fp32 by group:
+
+fit     what of each group its parameters are
+rank    0 to 15, uint32; ``position`` is scratch
+value   what a rank dequantizes to, rounded to the model's dtype
+unit    (what a width of 1 is, its reciprocal) of one group
+
+``short`` says that the row is the one short group at the tensor's end.
+
+How a loop is written decides its speed: a sum of integers of 32 bits is one of 64 to numba, unless it is cast at
+once; an index that may be negative costs a select, so tables are indexed by uint32; and sixteen entries are told apart
+fastest by fifteen comparisons in one expression. What is compiled is kept on disk for as long as this file does not
+change: that is why all of it is in one file.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+KINDS = ("codebook", "symmetric")
+FP32, BF16, FP16 = 0, 1, 2
+MODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
+
+_ROW = 1024  # Long enough for what a call costs, short enough for ten rows in the cache.
+_SMALLEST_ABSMAX = np.float32(1e-38)
+_LARGEST = np.float32(np.finfo(np.float32).max)
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+def _jit(**options):
+    # numpy's error model: a division by zero gives infinity or NaN, and is no branch.
+    options |= {"nogil": True, "error_model": "numpy"}
+
+    def compiled(function):
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # there is no folder to keep it in
+            return numba.njit(**options)(function)
+
+    return compiled
+
+
+_compiled = _jit()
+_unordered = _jit(fastmath={"reassoc"})
+
+
+class Recipe(NamedTuple):
+    """A recipe's numbers for one dtype of weights: fp32 arrays, ``buckets``, ``codes`` and ``ranks`` uint32.
+
+    ``kind``: the place in ``KINDS``. ``mode``: of the dtype, in ``MODES``. ``size``: of a group. ``rule``: as
+    ``Format.kernel_rule`` gives it. By rank: ``levels``, ``widths``, ``inverse_widths``, ``buckets``, ``codes``; by
+    code its rank. ``is_uniform``: all widths are 1. ``is_plain``: buckets are ranks.
+    """
+
+    kind: int
+    mode: int
+    size: int
+    rule: np.ndarray
+    thresholds: np.ndarray
+    levels: np.ndarray
+    widths: np.ndarray
+    inverse_widths: np.ndarray
+    buckets: np.ndarray
+    codes: np.ndarray
+    ranks: np.ndarray
+    pad_code: int
+    is_uniform: bool
+    is_plain: bool
+
+
+class Found(NamedTuple):
+    """What ``compare`` adds to: int64 but for ``sums``, fp64, and ``largest``, the fp32 bits of the largest |dw|.
+
+    ``counts``: on the grid, groups of zeros, below half a step, unchanged. ``same_value`` [2], ``distances`` [2, 16]:
+    on own grids, and on that of the weights before. ``sizes``: |dw| in steps by half octaves, from ``first_size`` on.
+    ``sums``: |dw|, the flip law, dw^2, dq^2, dw dq. ``group_same``: how many are in the same bucket, by group. Either
+    of ``sizes`` and ``group_same`` may be empty; without sizes there are no sums of delivery.
+    """
+
+    counts: np.ndarray
+    same_value: np.ndarray
+    distances: np.ndarray
+    sizes: np.ndarray
+    first_size: int
+    sums: np.ndarray
+    largest: np.ndarray
+    group_same: np.ndarray
+
+
+@intrinsic
+def _float_of(typing_context, bits):
+    """The fp32 number of 32 bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _bits_of(typing_context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _half_of(typing_context, x):
+    """The bits of fp32 x rounded to fp16."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def _from_half(typing_context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@_compiled
+def _brain_bits(x):
+    """fp32 x rounded half to even to bf16, as its upper 16 bits; NaN stays one."""
+    bits = _bits_of(x)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return rounded if x == x else np.uint32(0x7FC0)
+
+
+@_compiled
+def _rounded(x, mode):
+    """fp32 x rounded to the dtype of ``mode``."""
+    if mode == BF16:
+        x = _float_of(_brain_bits(x) << np.uint32(16))
+    elif mode == FP16:
+        x = _from_half(_half_of(x))
+    return x
+
+
+@_compiled
+def _round_row(x, mode):
+    if mode == BF16:
+        for i in range(len(x)):
+            x[i] = _float_of(_brain_bits(x[i]) << np.uint32(16))
+    elif mode == FP16:
+        for i in range(len(x)):
+            x[i] = _from_half(_half_of(x[i]))
+
+
+@_compiled
+def _load_row(bits, mode, x):
+    """Weights as fp32: of fp32 weights ``bits`` is uint32, of others uint16."""
+    if mode == FP32:
+        for i in range(len(x)):
+            x[i] = _float_of(np.uint32(bits[i]))
+    elif mode == BF16:
+        for i in range(len(x)):
+            x[i] = _float_of(np.uint32(bits[i]) << np.uint32(16))
+    else:
+        for i in range(len(x)):
+            x[i] = _from_half(np.uint16(bits[i]))
+
+
+@_compiled
+def _store_row(x, mode, bits):
+    """The reverse, of numbers that are in the dtype of ``mode``."""
+    if mode == FP32:
+        for i in range(len(x)):
+            bits[i] = _bits_of(x[i])
+    elif mode == BF16:
+        for i in range(len(x)):
+            bits[i] = _bits_of(x[i]) >> np.uint32(16)
+    else:
+        for i in range(len(x)):
+            bits[i] = _half_of(x[i])
+
+
+@_compiled
+def _groups_of(x, groups):
+    """[groups, size] of a row: a loop from 0 over its last dimension has no index that may be negative."""
+    return x.reshape(groups, len(x) // groups)
+
+
+@_compiled
+def _scale_groups(x, scale):
+    by_group = _groups_of(x, len(scale))
+    for group in range(len(scale)):
+        by = scale[group]
+        for i in range(by_group.shape[1]):
+            by_group[group, i] *= by
+
+
+@_compiled
+def _divide_groups(x, scale, out):
+    by_group, quotients = _groups_of(x, len(scale)), _groups_of(out, len(scale))
+    for group in range(len(scale)):
+        by = scale[group]
+        for i in range(by_group.shape[1]):
+            quotients[group, i] = by_group[group, i] / by
+
+
+@_compiled
+def _put_absmax(x, out):
+    """The largest magnitude of each group, NaN where one is: the order of magnitudes is that of their bits."""
+    by_group = _groups_of(x, len(out))
+    for group in range(len(out)):
+        largest = np.uint32(0)
+        for i in range(by_group.shape[1]):
+            largest = max(largest, _bits_of(by_group[group, i]) & _MAGNITUDE)
+        out[group] = _float_of(largest)
+
+
+@_compiled
+def _look_up(table, index, out):
+    for i in range(len(index)):
+        out[i] = table[index[i]]
+
+
+@_compiled
+def _scale_by_entries(table, index, x):
+    for i in range(len(index)):
+        x[i] *= table[index[i]]
+
+
+@_compiled
+def _above(position, threshold):
+    """1 for NaN, too."""
+    return _ZERO if position <= threshold else _ONE
+
+
+@_compiled
+def _rank_among(position, t, out):
+    a, b, c, d, e, f, g = t[0], t[1], t[2], t[3], t[4], t[5], t[6]
+    h, j, k, m, n, o, p, q = t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14]
+    for i in range(len(position)):
+        x = position[i]
+        below = _above(x, a) + _above(x, b) + _above(x, c) + _above(x, d) + _above(x, e) + _above(x, f) + _above(x, g)
+        above = _above(x, j) + _above(x, k) + _above(x, m) + _above(x, n) + _above(x, o) + _above(x, p) + _above(x, q)
+        out[i] = np.uint32(np.int32(below + _above(x, h) + above))
+
+
+@_compiled
+def _not_below(scale, smallest):
+    """The larger one; NaN stays."""
+    return smallest if scale < smallest else scale
+
+
+@_compiled
+def _codebook_fit(x, short, scale):
+    _put_absmax(x, scale)
+    if short:
+        scale[0] = _not_below(scale[0], _SMALLEST_ABSMAX)
+
+
+@_compiled
+def _codebook_rank(x, scale, short, thresholds, position, out):
+    if short:
+        _divide_groups(x, np.maximum(scale, _SMALLEST_ABSMAX), position)
+    else:
+        position[:] = x
+        _scale_groups(position, _ONE / np.maximum(scale, _SMALLEST_ABSMAX))
+    _rank_among(position, thresholds, out)
+
+
+@_compiled
+def _codebook_value(rank, scale, levels, mode, out):
+    _look_up(levels, rank, out)
+    _scale_groups(out, scale)
+    _round_row(out, mode)
+
+
+@_compiled
+def _codebook_unit(scale, aux):
+    return scale, _ONE / _not_below(scale, _SMALLEST_ABSMAX)
+
+
+@_compiled
+def _symmetric_fit(x, rule, mode, scale):
+    """rule: the divisor, the smallest absmax, what a scale of 0 becomes, whether the arithmetic is in fp32."""
+    _put_absmax(x, scale)
+    for group in range(len(scale)):
+        fitted = _rounded(_not_below(scale[group], rule[1]) / rule[0], FP32 if rule[3] else mode)
+        scale[group] = rule[2] if fitted == _ZERO else fitted
+
+
+@_compiled
+def _symmetric_rank(x, scale, rule, mode, position, out):
+    _divide_groups(x, scale, position)
+    _round_row(position, FP32 if rule[3] else mode)
+    for i in range(len(x)):
+        q = np.rint(min(max(position[i], np.float32(-8)), np.float32(7)))
+        out[i] = np.uint32(np.int32((q if position[i] == position[i] else _ZERO) + np.float32(8)))
+
+
+@_compiled
+def _symmetric_value(rank, scale, mode, out):
+    for i in range(len(rank)):
+        out[i] = np.float32(np.int32(rank[i])) - np.float32(8)
+    _scale_groups(out, scale)
+    _round_row(out, mode)
+
+
+@_compiled
+def _uniform_unit(scale, aux):
+    inverse = _ONE / scale
+    return scale, (_LARGEST if inverse > _LARGEST else inverse)
+
+
+@_compiled
+def _put_params(x, short, recipe, scale, aux):
+    aux[:] = _ZERO
+    if recipe.kind == 0:
+        _codebook_fit(x, short, scale)
+    else:
+        _symmetric_fit(x, recipe.rule, recipe.mode, scale)
+
+
+@_compiled
+def _put_ranks(x, scale, aux, short, recipe, position, out):
+    if recipe.kind == 0:
+        _codebook_rank(x, scale, short, recipe.thresholds, position, out)
+    else:
+        _symmetric_rank(x, scale, recipe.rule, recipe.mode, position, out)
+
+
+@_compiled
+def _put_values(rank, scale, aux, recipe, out):
+    if recipe.kind == 0:
+        _codebook_value(rank, scale, recipe.levels, recipe.mode, out)
+    else:
+        _symmetric_value(rank, scale, recipe.mode, out)
+
+
+@_compiled
+def _unit(scale, aux, recipe):
+    if recipe.kind == 0:
+        return _codebook_unit(scale, aux)
+    return _uniform_unit(scale, aux)
+
+
+@_compiled
+def _differences(x, y, dw):
+    """The bits of the largest |dw|, how many are 0, and how many weights are 0 in both."""
+    largest, unchanged, zeros = np.uint32(0), np.int32(0), np.int32(0)
+    for i in range(len(x)):
+        dw[i] = y[i] - x[i]
+        largest = max(largest, _bits_of(dw[i]) & _MAGNITUDE)
+        unchanged = np.int32(unchanged + np.int32(dw[i] == _ZERO))
+        zeros = np.int32(zeros + np.int32((x[i] == _ZERO) & (y[i] == _ZERO)))
+    return largest, unchanged, zeros
+
+
+@_compiled
+def _count_zero_groups(x, y, size):
+    """How many groups are 0 throughout in both."""
+    count = 0
+    for start in range(0, len(x), size):
+        n = min(size, len(x) - start)
+        zeros = 0
+        while zeros < n and x[start + zeros] == _ZERO and y[start + zeros] == _ZERO:
+            zeros += 1
+        count += zeros == n
+    return count
+
+
+@_compiled
+def _count_equal(a, b):
+    count = np.int32(0)
+    for i in range(len(a)):
+        count = np.int32(count + np.int32(a[i] == b[i]))
+    return count
+
+
+@_compiled
+def _put_places(rank, recipe, place):
+    """By rank its bucket; ``place`` is ``rank`` where they are the same."""
+    if not recipe.is_plain:
+        _look_up(recipe.buckets, rank, place)
+
+
+@_compiled
+def _count_far_distances(a, b, counts):
+    for i in range(len(a)):
+        counts[np.uint32(min(abs(np.int32(a[i]) - np.int32(b[i])), 15))] += 1
+
+
+@_compiled
+def _count_distances(a, b, counts):
+    """Adds to counts[k] how many places are k apart, 15 and more as 15."""
+    same, near = np.int32(0), np.int32(0)
+    for i in range(len(a)):
+        same = np.int32(same + np.int32(a[i] == b[i]))
+        near = np.int32(near + np.int32(np.uint32(a[i] - b[i] + np.uint32(1)) <= np.uint32(2)))
+    if near == len(a):  # so it is with most small updates
+        counts[0] += same
+        counts[1] += near - same
+    else:
+        _count_far_distances(a, b, counts)
+
+
+@_compiled
+def _count_same_by_group(a, b, size, counts):
+    for group in range(len(counts)):
+        for i in range(group * size, min(group * size + size, len(a))):
+            counts[group] += a[i] == b[i]
+
+
+@_compiled
+def _put_group_numbers(numbers, out):
+    by_group = _groups_of(out, len(numbers))
+    for group in range(len(numbers)):
+        number = numbers[group]
+        for i in range(by_group.shape[1]):
+            by_group[group, i] = number
+
+
+@_compiled
+def _put_steps(dw, rank, unit, inverse_unit, recipe, step, ratio):
+    """The width of each weight's bucket, and |dw| in such widths: 0 where dw is, whatever the width.
+
+    How many |dw| are below half of it, or 0.
+    """
+    _put_group_numbers(unit, step)
+    np.abs(dw, ratio)
+    _scale_groups(ratio, inverse_unit)
+    if not recipe.is_uniform:
+        _scale_by_entries(recipe.widths, rank, step)
+        _scale_by_entries(recipe.inverse_widths, rank, ratio)
+    below = np.int32(0)
+    for i in range(len(dw)):
+        below = np.int32(below + np.int32((dw[i] == _ZERO) | (abs(dw[i]) < step[i] * _HALF)))
+    for i in range(len(dw)):
+        ratio[i] = _ZERO if dw[i] == _ZERO else abs(ratio[i])
+    return below
+
+
+@_compiled
+def _count_sizes(ratio, first, places, sizes):
+    """By half octaves: fp32 without its last 22 bits counts them. ``places`` is scratch."""
+    last = len(sizes) - 1
+    for i in range(len(ratio)):
+        place = np.int32(np.int32(_bits_of(ratio[i]) >> np.uint32(22)) - np.int32(first))
+        places[i] = np.uint32(min(max(place, np.int32(0)), np.int32(last)))
+    # Four counters of each: the same one twice in a row would wait for itself.
+    counts = np.zeros((4, len(sizes)), np.int32)
+    for i in range(len(ratio) // 4):
+        counts[0, places[4 * i]] += 1
+        counts[1, places[4 * i + 1]] += 1
+        counts[2, places[4 * i + 2]] += 1
+        counts[3, places[4 * i + 3]] += 1
+    for i in range(len(ratio) // 4 * 4, len(ratio)):
+        counts[0, places[i]] += 1
+    for place in range(len(sizes)):
+        sizes[place] += counts[0, place] + counts[1, place] + counts[2, place] + counts[3, place]
+
+
+@_unordered
+def _sums_of_steps(dw, ratio):
+    """Of |dw|, and of what share of its bucket each change is; in fp64."""
+    size, flips = 0.0, 0.0
+    for i in range(len(dw)):
+        size += np.float64(abs(dw[i]))
+        flips += np.float64(_ONE if ratio[i] > _ONE else ratio[i])
+    return size, flips
+
+
+@_unordered
+def _sums_of_delivery(dw, value, y_value):
+    """Of dw^2, dq^2 and dw dq; in fp64, which holds these squares exactly."""
+    change, delivered, both = 0.0, 0.0, 0.0
+    for i in range(len(dw)):
+        d, q = np.float64(dw[i]), np.float64(y_value[i] - value[i])
+        change += d * d
+        delivered += q * q
+        both += d * q
+    return change, delivered, both
+
+
+@_compiled
+def _groups_of_a_row(size):
+    return max(_ROW // size, 1)
+
+
+@_compiled
+def _next_row(start, n, size):
+    """(where the next row ends, how many groups it has, whether it is the short one): a short group comes alone."""
+    rest = n - start
+    if rest < size:
+        return n, 1, True
+    groups = min(rest // size, _groups_of_a_row(size))
+    return start + groups * size, groups, False
+
+
+@_compiled
+def _pack(codes, rank, packed):
+    """Two codes a byte; an odd one at the end is left."""
+    for i in range(len(rank) // 2):
+        packed[i] = codes[rank[2 * i]] << np.uint32(4) | codes[rank[2 * i + 1]]
+
+
+@_compiled
+def _unpack(ranks, packed, out):
+    for i in range(len(packed)):
+        pair = np.uint32(packed[i])
+        out[2 * i], out[2 * i + 1] = ranks[pair >> np.uint32(4)], ranks[pair & np.uint32(15)]
+
+
+@_compiled
+def fake_quant(bits, recipe, out):
+    size, mode = recipe.size, recipe.mode
+    most = _groups_of_a_row(size)
+    floats, ranks = np.empty((3, most * size), np.float32), np.empty(most * size, np.uint32)
+    params = np.empty((2, most), np.float32)
+    start = 0
+    while start < len(bits):
+        stop, groups, short = _next_row(start, len(bits), size)
+        x, position, value = floats[0, : stop - start], floats[1, : stop - start], floats[2, : stop - start]
+        rank, scale, aux = ranks[: stop - start], params[0, :groups], params[1, :groups]
+        _load_row(bits[start:stop], mode, x)
+        _put_params(x, short, recipe, scale, aux)
+        _put_ranks(x, scale, aux, short, recipe, position, rank)
+        _put_values(rank, scale, aux, recipe, value)
+        _store_row(value, mode, out[start:stop])
+        start = stop
+
+
+@_compiled
+def quantize(bits, recipe, codes, params):
+    """params: fp32 [groups, 2], scale and aux."""
+    size, mode = recipe.size, recipe.mode
+    most = _groups_of_a_row(size)
+    floats, ranks = np.empty((2, most * size), np.float32), np.empty(most * size, np.uint32)
+    of_row = np.empty((2, most), np.float32)
+    start, group = 0, 0
+    while start < len(bits):
+        stop, groups, short = _next_row(start, len(bits), size)
+        x, position, rank = floats[0, : stop - start], floats[1, : stop - start], ranks[: stop - start]
+        scale, aux = of_row[0, :groups], of_row[1, :groups]
+        _load_row(bits[start:stop], mode, x)
+        _put_params(x, short, recipe, scale, aux)
+        _put_ranks(x, scale, aux, short, recipe, position, rank)
+        for i in range(groups):
+            params[group + i, 0], params[group + i, 1] = scale[i], aux[i]
+        packed = codes[start // 2 : (stop + 1) // 2]
+        _pack(recipe.codes, rank, packed)
+        if (stop - start) % 2:
+            packed[-1] = recipe.codes[rank[-1]] << np.uint32(4) | np.uint32(recipe.pad_code)
+        start, group = stop, group + groups
+
+
+@_compiled
+def dequantize(codes, params, recipe, out):
+    size, mode = recipe.size, recipe.mode
+    most = _groups_of_a_row(size)
+    values, ranks = np.empty(most * size, np.float32), np.empty(most * size + 1, np.uint32)
+    of_row = np.empty((2, most), np.float32)
+    start, group = 0, 0
+    while start < len(out):
+        stop, groups, _ = _next_row(start, len(out), size)
+        packed = codes[start // 2 : (stop + 1) // 2]
+        _unpack(recipe.ranks, packed, ranks)
+        rank, value = ranks[: stop - start], values[: stop - start]
+        scale, aux = of_row[0, :groups], of_row[1, :groups]
+        for i in range(groups):
+            scale[i], aux[i] = params[group + i, 0], params[group + i, 1]
+        _put_values(rank, scale, aux, recipe, value)
+        _store_row(value, mode, out[start:stop])
+        start, group = stop, group + groups
+
+
+@_compiled
+def compare(x_bits, y_bits, recipe, own, before_grid, found):
+    """``own``, ``before_grid``: which comparisons are made; of both, ``group_same`` is that of the latter."""
+    size, mode = recipe.size, recipe.mode
+    most = _groups_of_a_row(size)
+    floats, ranks = np.empty((8, most * size), np.float32), np.empty((5, most * size), np.uint32)
+    params = np.empty((6, most), np.float32)
+    start, group = 0, 0
+    while start < len(x_bits):
+        stop, groups, short = _next_row(start, len(x_bits), size)
+        n = stop - start
+        x, y, dw, position = floats[0, :n], floats[1, :n], floats[2, :n], floats[3, :n]
+        value, y_value, step, ratio = floats[4, :n], floats[5, :n], floats[6, :n], floats[7, :n]
+        rank, y_rank = ranks[0, :n], ranks[1, :n]
+        place, y_place = (rank, y_rank) if recipe.is_plain else (ranks[2, :n], ranks[3, :n])
+        scale, aux, y_scale, y_aux = params[0, :groups], params[1, :groups], params[2, :groups], params[3, :groups]
+        unit, inverse_unit = params[4, :groups], params[5, :groups]
+        _load_row(x_bits[start:stop], mode, x)
+        _load_row(y_bits[start:stop], mode, y)
+        largest, unchanged, zeros = _differences(x, y, dw)
+        found.largest[0] = max(found.largest[0], largest)
+        _put_params(x, short, recipe, scale, aux)
+        _put_ranks(x, scale, aux, short, recipe, position, rank)
+        _put_values(rank, scale, aux, recipe, value)
+        _put_places(rank, recipe, place)
+        for i in range(groups):
+            unit[i], inverse_unit[i] = _unit(scale[i], aux[i], recipe)
+        found.counts[0] += _count_equal(value, x)
+        if zeros >= min(size, n):
+            found.counts[1] += _count_zero_groups(x, y, size)
+        found.counts[2] += _put_steps(dw, rank, unit, inverse_unit, recipe, step, ratio)
+        found.counts[3] += unchanged
+        changed, flips = _sums_of_steps(dw, ratio)
+        found.sums[0] += changed
+        found.sums[1] += flips
+        if own:
+            _put_params(y, short, recipe, y_scale, y_aux)
+            _put_ranks(y, y_scale, y_aux, short, recipe, position, y_rank)
+            _put_values(y_rank, y_scale, y_aux, recipe, y_value)
+            _put_places(y_rank, recipe, y_place)
+            found.same_value[0] += _count_equal(value, y_value)
+            _count_distances(place, y_place, found.distances[0])
+        if len(found.sizes):
+            _count_sizes(ratio, found.first_size, ranks[4, :n], found.sizes)
+            change, delivered, both = _sums_of_delivery(dw, value, y_value)
+            found.sums[2] += change
+            found.sums[3] += delivered
+            found.sums[4] += both
+        if before_grid:
+            is_same_grid = own
+            if own:
+                for i in range(groups):
+                    is_same_grid &= (scale[i] == y_scale[i]) & (aux[i] == y_aux[i])
+            if not is_same_grid:
+                _put_ranks(y, scale, aux, short, recipe, position, y_rank)
+                _put_values(y_rank, scale, aux, recipe, y_value)
+                _put_places(y_rank, recipe, y_place)
+            found.same_value[1] += _count_equal(value, y_value)
+            _count_distances(place, y_place, found.distances[1])
+        if len(found.group_same):
+            _count_same_by_group(place, y_place, size, found.group_same[group : group + groups])
+        start, group = stop, group + groups

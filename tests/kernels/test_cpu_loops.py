@@ -1,0 +1,205 @@
+"""The loops that numba compiles, beside the PyTorch references: every bit the same, and sums but for their last."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import weight_cases
+from awkward_weights import awkward, gaussian
+from hypothesis import HealthCheck, given, settings
+from weight_cases import LAYOUTS, laid_out, same_bits
+
+from quail_kernels import FORMATS, bucket_compare, cpu, dequantize, fake_quant, get_format, quantize
+from quail_kernels.formats import WEIGHT_DTYPES
+from quail_kernels.update_comparison import compare_updates
+
+loops = pytest.importorskip("quail_kernels.loops", reason="numba is not installed: the references do the work")
+
+_SIZES = ("bnb-nf4@4096", "bnb-nf4@32", "bnb-fp4@128", "ct-int4-sym@96", "ct-int4-sym@8", "awq-int4-sym@1152")
+COMPILED = [name for name in (*FORMATS, *_SIZES) if get_format(name).kind in loops.KINDS]
+DTYPES = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+OF_COUNTS = ("code_distance", "same_value", "on_grid", "zero_groups", "below_half_step", "group_same_code")
+
+
+@pytest.fixture
+def anything(monkeypatch):
+    """A function of whether the loops are used, for tensors of any size; in spans that are short."""
+    monkeypatch.setattr(cpu, "_SPAN", 4096)
+
+    def use(compiled):
+        monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 0 if compiled else 1 << 60)
+
+    return use
+
+
+def assert_same_comparison(got, expected):
+    for name in OF_COUNTS:
+        a, b = getattr(got, name), getattr(expected, name)
+        assert a is b is None or torch.equal(a, b), name
+    torch.testing.assert_close(got.max_abs_change, expected.max_abs_change, rtol=0, atol=0, equal_nan=True)
+    for name in ("sum_abs_change", "sum_flip_law"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-12, atol=0, equal_nan=True)
+
+
+def assert_same_results(use, format, before, after):
+    def results():
+        codes, scales = quantize(before, format)
+        yield from (codes, scales, fake_quant(before, format))
+        yield dequantize(codes, scales, format, shape=before.shape, dtype=before.dtype)
+        for options in ({}, {"scales": "before"}, {"per_group": True}):
+            yield bucket_compare(before, after, format, **options)
+        if before.is_contiguous():
+            yield compare_updates(before, after.contiguous(), [format])[format]
+
+    use(True)
+    assert cpu.loops_for(get_format(format), before) is loops or not before.numel()
+    compiled = list(results())
+    use(False)
+    assert cpu.loops_for(get_format(format), before) is None
+    for got, expected in zip(compiled, results(), strict=True):
+        if isinstance(got, torch.Tensor):
+            assert same_bits(got, expected)
+        elif hasattr(got, "own"):
+            assert_same_comparison(got.own, expected.own)
+            assert_same_comparison(got.before_grid, expected.before_grid)
+            assert torch.equal(got.step_histogram, expected.step_histogram)
+            assert_same_sums(got, expected, before, after)
+        else:
+            assert_same_comparison(got, expected)
+
+
+def assert_same_sums(got, expected, before, after):
+    # The reference sums a chunk in fp32, in which squares of subnormal changes are 0 and those of huge ones infinite.
+    sizes = (after.double() - before.double()).abs().view(-1)
+    largest = max(sizes.tolist(), default=0)
+    if not sizes.isfinite().all() or largest > 1e15 or 0 < largest < 1e-15:
+        return
+    squares = (expected.sum_square_change * expected.sum_square_delivered).sqrt().nan_to_num(0).item()
+    for name in ("sum_square_change", "sum_square_delivered", "sum_change_delivered"):
+        atol = 1e-6 * squares if name == "sum_change_delivered" else 0
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-6, atol=atol, equal_nan=True)
+
+
+def changed(before, by, seed=5):
+    noise = weight_cases.normal(*before.shape, seed=seed) * 50
+    return (before.float() + by * before.float().abs() * noise).to(before.dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("format", COMPILED)
+def test_awkward_weights(anything, format, dtype):
+    before = torch.cat([awkward(dtype), gaussian(40, dtype)])
+    if before.shape[1] % get_format(format).group_size and get_format(format).groups_divide_last_dim:
+        before = before.view(-1)[: before.numel() // 4096 * 4096].view(-1, get_format(format).group_size)
+    for by in (1e-3, 1.0):
+        assert_same_results(anything, format, before, changed(before, by))
+    after = before.clone()
+    after.view(-1)[5::96] = 0.01  # some groups keep their grid
+    before.view(-1)[:8192] = after.view(-1)[:8192] = 0
+    assert_same_results(anything, format, before, after)
+
+
+@DTYPES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format", COMPILED)
+def test_nan_and_infinity(anything, format, bad, dtype):
+    before = gaussian(32, dtype).view(-1)[: 8 * 4096 if "4096" in format else None]
+    before = before.view(-1, 1152) if get_format(format).groups_divide_last_dim else before
+    after = changed(before, 0.1)
+    spoiled = after.clone()
+    spoiled.view(-1)[[3, 700, 701]] = bad
+    for tensors in ((before, spoiled), (spoiled, after), (spoiled, spoiled)):
+        assert_same_results(anything, format, *tensors)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(weight_cases.weights(formats=COMPILED))
+def test_whatever_the_weights_are(anything, case):
+    format, before = case
+    assert_same_results(anything, format, before, changed(before, 0.1))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e25])
+@pytest.mark.parametrize("format", COMPILED)
+def test_sums_are_those_of_fp64(anything, format, scale):
+    anything(True)
+    width = 4096 if "4096" in format else 1152
+    before = (gaussian(32).view(-1)[: 8 * width] * scale).view(8, width)
+    after = before + before.flip(0) * 0.01
+    got = compare_updates(before, after, [format])[format]
+    dw = (after - before).double()
+    dq = (fake_quant(after, format) - fake_quant(before, format)).double()
+    assert got.sum_square_change.item() == pytest.approx((dw * dw).sum().item(), rel=1e-12)
+    assert got.sum_square_delivered.item() == pytest.approx((dq * dq).sum().item(), rel=1e-12)
+    within = 1e-12 * (dw * dq).abs().sum().item()
+    assert got.sum_change_delivered.item() == pytest.approx((dw * dq).sum().item(), rel=0, abs=within)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 127, 4095, 4097, 8191, 100_001])
+@pytest.mark.parametrize("format", ["bnb-nf4", "bnb-fp4@128", "bnb-nf4@4096"])
+def test_short_groups_and_odd_numbers(anything, format, n):
+    before = gaussian(100, torch.bfloat16).view(-1)[:n]
+    assert_same_results(anything, format, before, changed(before, 0.1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(anything, layout):
+    before = laid_out(gaussian(64, torch.bfloat16), layout)
+    after = laid_out(changed(gaussian(64, torch.bfloat16), 0.1), layout)
+    for format in ("bnb-nf4", "ct-int4-sym"):
+        assert_same_results(anything, format, before, after)
+
+
+def test_scales_and_codes_of_any_kind_are_taken(anything):
+    anything(True)
+    w = gaussian(64, torch.bfloat16)
+    codes, scales = quantize(w, "ct-int4-sym")
+    strided = codes.new_zeros(2 * len(codes))[::2].copy_(codes)
+    for args in ((strided, scales), (codes, scales.float())):
+        got = dequantize(*args, "ct-int4-sym", shape=w.shape, dtype=w.dtype)
+        assert same_bits(got, fake_quant(w, "ct-int4-sym"))
+
+
+def test_the_number_of_threads_changes_nothing(anything):
+    anything(True)
+    before = gaussian(100, torch.bfloat16)
+    after = changed(before, 0.1)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            comparison = bucket_compare(before, after, "bnb-nf4", per_group=True)
+            update = compare_updates(before, after, ["bnb-nf4"])["bnb-nf4"]
+            found.append((fake_quant(before, "bnb-nf4"), comparison, update))
+    finally:
+        torch.set_num_threads(threads)
+    (w_q, comparison, update), (w_q_3, comparison_3, update_3) = found
+    assert same_bits(w_q, w_q_3) and update.to_dict() == update_3.to_dict()
+    assert comparison.to_dict() == comparison_3.to_dict()
+    assert torch.equal(comparison.group_same_code, comparison_3.group_same_code)
+
+
+def test_small_tensors_and_other_recipes_take_the_reference():
+    large = torch.empty(cpu.LEAST_WEIGHTS)
+    assert cpu.loops_for(get_format("bnb-nf4"), large) is loops
+    assert cpu.loops_for(get_format("bnb-nf4"), large[1:]) is None
+    assert cpu.loops_for(get_format("minmax-int4"), large) is None
+    assert cpu.loops_for(get_format("nvfp4"), large) is None
+    assert cpu.loops_for(get_format("bnb-nf4"), large.to("meta")) is None
+
+
+def test_without_numba_the_references_do_the_work():
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from quail_kernels import bucket_compare, cpu, fake_quant, get_format
+w = torch.randn(cpu.LEAST_WEIGHTS)
+assert cpu.loops_for(get_format("bnb-nf4"), w) is None
+print(int(bucket_compare(w, fake_quant(w, "bnb-nf4"), "bnb-nf4").same_code))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == cpu.LEAST_WEIGHTS
