@@ -62,7 +62,7 @@ def recipe_of(recipe: Format, dtype: torch.dtype):
         ranks=integers(np.argsort(recipe.codes)),
         pad_code=recipe.pad_code,
         is_uniform=not recipe.widths,
-        is_plain=recipe.buckets == tuple(range(16)),
+        is_plain=recipe.kind != "q4_0" and recipe.buckets == tuple(range(16)),
     )
 
 

@@ -5,14 +5,12 @@ their bits, uint32 of fp32 and uint16 of bf16 and fp16, and everything is done w
 turns into vector instructions. Nothing is contracted or reordered, so that every bit is that of the PyTorch reference,
 but in functions that are ``unordered``.
 
-A rule is four functions, by its KIND in ``KINDS``; ``scale`` and ``aux`` are fp32 by group:
+A rule, by its KIND in ``KINDS``, is a branch of four functions, with ``scale`` and ``aux`` its parameters by group:
 
-fit     what of each group its parameters are
-rank    0 to 15, uint32; ``position`` is scratch
-value   what a rank dequantizes to, rounded to the model's dtype
-unit    (what a width of 1 is, its reciprocal) of one group
-
-``short`` says that the row is the one short group at the tensor's end.
+``_put_params``  from the weights; ``short`` says that the row is the one short group at the tensor's end
+``_put_ranks``   0 to 15, uint32, from weights and parameters; ``position`` is scratch
+``_put_values``  what a rank dequantizes to, rounded to the model's dtype
+``_unit``        what a width of 1 is, and its reciprocal, for one group
 
 How a loop is written decides its speed: a sum of integers of 32 bits is one of 64 to numba, unless it is cast at
 once; an index that may be negative costs a select, so tables are indexed by uint32; and sixteen entries are told apart
@@ -20,6 +18,7 @@ fastest by fifteen comparisons in one expression. What is compiled is kept on di
 change: that is why all of it is in one file.
 """
 
+import math
 from typing import NamedTuple
 
 import numba
@@ -29,12 +28,18 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-KINDS = ("codebook", "symmetric")
+KINDS = (
+    *("codebook", "symmetric", "zero_point", "zero_point_fp16", "minmax"),
+    *("q4_0", "q4_1", "mx_floor", "mx_rceil", "mx_gguf"),
+)
+CODEBOOK, SYMMETRIC, ZERO_POINT, ZERO_POINT_FP16, MINMAX, Q4_0, Q4_1, MX_FLOOR, MX_RCEIL, MX_GGUF = range(len(KINDS))
 FP32, BF16, FP16 = 0, 1, 2
 MODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
 _ROW = 1024  # Long enough for what a call costs, short enough for ten rows in the cache.
 _SMALLEST_ABSMAX = np.float32(1e-38)
+_SMALLEST_NORMAL, _SMALLEST_POWER = np.float32(2.0**-126), np.float32(2.0**-127)
+_INFINITY, _NAN = np.float32(np.inf), np.float32(np.nan)
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -62,7 +67,8 @@ class Recipe(NamedTuple):
 
     ``kind``: the place in ``KINDS``. ``mode``: of the dtype, in ``MODES``. ``size``: of a group. ``rule``: as
     ``Format.kernel_rule`` gives it. By rank: ``levels``, ``widths``, ``inverse_widths``, ``buckets``, ``codes``; by
-    code its rank. ``is_uniform``: all widths are 1. ``is_plain``: buckets are ranks.
+    code its rank. ``is_uniform``: all widths are 1. ``is_plain``: buckets are
+    ranks.
     """
 
     kind: int
@@ -280,15 +286,10 @@ def _codebook_rank(x, scale, short, thresholds, position, out):
 
 
 @_compiled
-def _codebook_value(rank, scale, levels, mode, out):
+def _level_value(rank, scale, levels, mode, out):
     _look_up(levels, rank, out)
     _scale_groups(out, scale)
     _round_row(out, mode)
-
-
-@_compiled
-def _codebook_unit(scale, aux):
-    return scale, _ONE / _not_below(scale, _SMALLEST_ABSMAX)
 
 
 @_compiled
@@ -311,48 +312,326 @@ def _symmetric_rank(x, scale, rule, mode, position, out):
 
 @_compiled
 def _symmetric_value(rank, scale, mode, out):
-    for i in range(len(rank)):
-        out[i] = np.float32(np.int32(rank[i])) - np.float32(8)
+    _put_numbers(rank, np.float32(-8), out)
     _scale_groups(out, scale)
     _round_row(out, mode)
 
 
 @_compiled
-def _uniform_unit(scale, aux):
-    inverse = _ONE / scale
-    return scale, (_LARGEST if inverse > _LARGEST else inverse)
+def _put_range(x, low, high):
+    """The smallest and the largest of each group, NaN where one is; a zero of either sign."""
+    by_group = _groups_of(x, len(low))
+    for group in range(len(low)):
+        smallest, largest, nans = by_group[group, 0], by_group[group, 0], np.int32(0)
+        for i in range(by_group.shape[1]):
+            number = by_group[group, i]
+            smallest = number if number < smallest else smallest
+            largest = number if number > largest else largest
+            nans = np.int32(nans + np.int32(number != number))
+        low[group], high[group] = (_NAN, _NAN) if nans else (smallest, largest)
+
+
+@_compiled
+def _subtract_of_groups(x, numbers, out):
+    by_group, differences = _groups_of(x, len(numbers)), _groups_of(out, len(numbers))
+    for group in range(len(numbers)):
+        number = numbers[group]
+        for i in range(by_group.shape[1]):
+            differences[group, i] = by_group[group, i] - number
+
+
+@_compiled
+def _add_to_groups(x, numbers):
+    by_group = _groups_of(x, len(numbers))
+    for group in range(len(numbers)):
+        number = numbers[group]
+        for i in range(by_group.shape[1]):
+            by_group[group, i] += number
+
+
+@_compiled
+def _put_rounded(position, most, out):
+    """Positions as ranks from 0 to ``most``, towards zero; NaN is 0."""
+    for i in range(len(position)):
+        within = min(max(position[i], _ZERO), most)
+        out[i] = np.uint32(np.int32(within if position[i] == position[i] else _ZERO))
+
+
+@_compiled
+def _put_numbers(rank, lowest, out):
+    for i in range(len(rank)):
+        out[i] = np.float32(np.int32(rank[i])) + lowest
+
+
+@_compiled
+def _zero_point_fit(x, rule, mode, like_gptq, scale, zero_point):
+    """rule: the lowest integer, the smallest range, what a scale of 0 becomes, whether the range reaches to 0."""
+    lowest, mode = rule[0], FP32 if like_gptq else mode
+    _put_range(x, scale, zero_point)
+    for group in range(len(scale)):
+        low, high = scale[group], zero_point[group]
+        if rule[3]:
+            low, high = (_ZERO if low > _ZERO else low), _not_below(high, _ZERO)
+        if like_gptq and low == high:
+            low, high = -_ONE, _ONE
+        extent = _not_below(_rounded(high - low, mode), rule[1])
+        fitted = _rounded(extent / np.float32(15), mode)
+        if like_gptq and fitted == _ZERO:
+            fitted = rule[2]
+        at = _rounded(lowest - _rounded(low / fitted, mode), mode)
+        at = np.rint(min(max(at, lowest), lowest + np.float32(15))) if at == at else _ZERO
+        scale[group], zero_point[group] = (rule[2] if fitted == _ZERO else fitted), at + _ZERO
+
+
+@_compiled
+def _zero_point_rank(x, scale, zero_point, rule, mode, like_gptq, position, out):
+    lowest, mode = rule[0], FP32 if like_gptq else mode
+    _divide_groups(x, scale, position)
+    _round_row(position, mode)
+    for i in range(len(position)):
+        position[i] = position[i] if position[i] == position[i] else _ZERO
+    if rule[4]:  # the zero point is added before rounding
+        _add_to_groups(position, zero_point)
+        _round_row(position, mode)
+    else:
+        np.rint(position, position)
+        _add_to_groups(position, zero_point)
+    for i in range(len(position)):
+        q = np.rint(min(max(position[i], lowest), lowest + np.float32(15)))
+        out[i] = np.uint32(np.int32(q - lowest))
+
+
+@_compiled
+def _zero_point_value(rank, scale, zero_point, rule, mode, like_gptq, out):
+    _put_numbers(rank, rule[0], out)
+    _subtract_of_groups(out, zero_point, out)
+    if like_gptq:
+        stored = scale.copy()
+        _round_row(stored, FP16)
+        _scale_groups(out, stored)
+        _round_row(out, FP16)
+    else:
+        _scale_groups(out, scale)
+    _round_row(out, mode)
+
+
+@_compiled
+def _minmax_fit(x, step, low):
+    _put_range(x, low, step)
+    for group in range(len(step)):
+        bottom, top = low[group] + _ZERO, step[group] + _ZERO
+        step[group], low[group] = (top - bottom) / np.float32(16), bottom
+
+
+@_compiled
+def _minmax_rank(x, step, low, position, out):
+    _subtract_of_groups(x, low, position)
+    _divide_groups(position, step, position)
+    np.floor(position, position)
+    _put_rounded(position, np.float32(15), out)
+
+
+@_compiled
+def _minmax_value(rank, step, low, mode, out):
+    _put_numbers(rank, _HALF, out)
+    _scale_groups(out, step)
+    _add_to_groups(out, low)
+    _round_row(out, mode)
+
+
+@_compiled
+def _reciprocals(d):
+    out = np.empty_like(d)
+    for group in range(len(d)):
+        out[group] = _ZERO if d[group] == _ZERO else _ONE / d[group]
+    return out
+
+
+@_compiled
+def _put_rounded_half_up(position, zero, out):
+    for i in range(len(position)):
+        position[i] += zero + _HALF
+        # What overflows gets code 0.
+        position[i] = position[i] if position[i] < _INFINITY else _ZERO
+    _put_rounded(position, np.float32(15), out)
+
+
+@_compiled
+def _q4_0_fit(x, d):
+    _put_absmax(x, d)
+    by_group = _groups_of(x, len(d))
+    for group in range(len(d)):
+        i = 0
+        while abs(by_group[group, i]) < d[group]:  # the first of them; NaN is not below
+            i += 1
+        if d[group] != d[group]:
+            by_sign = d[group]
+        else:
+            by_sign = by_group[group, i]
+        d[group] = by_sign * np.float32(-0.125)
+
+
+@_compiled
+def _q4_0_rank(x, d, position, out):
+    position[:] = x
+    _scale_groups(position, _reciprocals(d))
+    _put_rounded_half_up(position, np.float32(8), out)
+
+
+@_compiled
+def _q4_0_value(rank, d, mode, out):
+    stored = d.copy()
+    _round_row(stored, FP16)
+    _put_numbers(rank, np.float32(-8), out)
+    _scale_groups(out, stored)
+    _round_row(out, mode)
+
+
+@_compiled
+def _put_q4_0_places(rank, d, place):
+    """Where d is negative, codes run the other way."""
+    ranks, places = _groups_of(rank, len(d)), _groups_of(place, len(d))
+    for group in range(len(d)):
+        mirrored = d[group] < _ZERO
+        for i in range(ranks.shape[1]):
+            places[group, i] = np.uint32(np.uint32(16) - ranks[group, i]) if mirrored else ranks[group, i]
+
+
+@_compiled
+def _q4_1_fit(x, d, low):
+    _put_range(x, low, d)
+    for group in range(len(d)):
+        bottom = _ZERO if low[group] == _ZERO else low[group]
+        top = _ZERO if d[group] == _ZERO else d[group]
+        d[group], low[group] = (top - bottom) / np.float32(15), bottom
+
+
+@_compiled
+def _q4_1_rank(x, d, low, position, out):
+    _subtract_of_groups(x, low, position)
+    _scale_groups(position, _reciprocals(d))
+    _put_rounded_half_up(position, _ZERO, out)
+
+
+@_compiled
+def _q4_1_value(rank, d, low, mode, out):
+    d, low = d.copy(), low.copy()
+    _round_row(d, FP16)
+    _round_row(low, FP16)
+    _put_numbers(rank, _ZERO, out)
+    _scale_groups(out, d)
+    _add_to_groups(out, low)
+    _round_row(out, mode)
+
+
+@_compiled
+def _mx_fit(x, rceil, scale):
+    _put_absmax(x, scale)
+    for group in range(len(scale)):
+        absmax = scale[group]
+        if rceil:
+            bits = np.int64(_bits_of(absmax / np.float32(6)))
+            exponent = 0 if bits <= 0x400000 else min((bits + 0x7FFFFF) >> 23, 254)
+        else:
+            exponent = max((np.int64(_bits_of(absmax)) >> 23) - 2, 0)
+        power = _float_of(np.uint32(exponent << 23 if exponent > 0 else 0x400000))
+        scale[group] = power if absmax == absmax else absmax
+
+
+@_compiled
+def _mx_unit(scale, kind):
+    if kind == MX_FLOOR:
+        return _not_below(scale, _SMALLEST_NORMAL)
+    return _ONE if kind == MX_RCEIL and scale == _SMALLEST_POWER else scale
+
+
+@_compiled
+def _mx_rank(x, scale, kind, thresholds, position, out):
+    units = np.empty_like(scale)
+    for group in range(len(scale)):
+        units[group] = _mx_unit(scale[group], kind)
+    _divide_groups(x, units, position)
+    if kind == MX_GGUF:
+        for i in range(len(position)):
+            position[i] = _ZERO if abs(position[i]) <= np.float32(0.25) else position[i]
+    else:
+        # Away from zero, so that -0 is below it: no other position is so near a threshold that it notices.
+        for i in range(len(position)):
+            position[i] += math.copysign(np.float32(1e-30), position[i])
+    _rank_among(position, thresholds, out)
+
+
+@_compiled
+def _with_inverse(unit):
+    inverse = _ONE / unit
+    return unit, (_LARGEST if inverse > _LARGEST else inverse)
 
 
 @_compiled
 def _put_params(x, short, recipe, scale, aux):
-    aux[:] = _ZERO
-    if recipe.kind == 0:
+    kind = recipe.kind
+    if kind == CODEBOOK:
         _codebook_fit(x, short, scale)
-    else:
+    elif kind == SYMMETRIC:
         _symmetric_fit(x, recipe.rule, recipe.mode, scale)
+    elif kind == ZERO_POINT or kind == ZERO_POINT_FP16:
+        _zero_point_fit(x, recipe.rule, recipe.mode, kind == ZERO_POINT_FP16, scale, aux)
+    elif kind == MINMAX:
+        _minmax_fit(x, scale, aux)
+    elif kind == Q4_0:
+        _q4_0_fit(x, scale)
+    elif kind == Q4_1:
+        _q4_1_fit(x, scale, aux)
+    else:
+        _mx_fit(x, kind == MX_RCEIL, scale)
 
 
 @_compiled
 def _put_ranks(x, scale, aux, short, recipe, position, out):
-    if recipe.kind == 0:
+    kind = recipe.kind
+    if kind == CODEBOOK:
         _codebook_rank(x, scale, short, recipe.thresholds, position, out)
-    else:
+    elif kind == SYMMETRIC:
         _symmetric_rank(x, scale, recipe.rule, recipe.mode, position, out)
+    elif kind == ZERO_POINT or kind == ZERO_POINT_FP16:
+        _zero_point_rank(x, scale, aux, recipe.rule, recipe.mode, kind == ZERO_POINT_FP16, position, out)
+    elif kind == MINMAX:
+        _minmax_rank(x, scale, aux, position, out)
+    elif kind == Q4_0:
+        _q4_0_rank(x, scale, position, out)
+    elif kind == Q4_1:
+        _q4_1_rank(x, scale, aux, position, out)
+    else:
+        _mx_rank(x, scale, kind, recipe.thresholds, position, out)
 
 
 @_compiled
 def _put_values(rank, scale, aux, recipe, out):
-    if recipe.kind == 0:
-        _codebook_value(rank, scale, recipe.levels, recipe.mode, out)
+    kind, mode = recipe.kind, recipe.mode
+    if kind == SYMMETRIC:
+        _symmetric_value(rank, scale, mode, out)
+    elif kind == ZERO_POINT or kind == ZERO_POINT_FP16:
+        _zero_point_value(rank, scale, aux, recipe.rule, mode, kind == ZERO_POINT_FP16, out)
+    elif kind == MINMAX:
+        _minmax_value(rank, scale, aux, mode, out)
+    elif kind == Q4_0:
+        _q4_0_value(rank, scale, mode, out)
+    elif kind == Q4_1:
+        _q4_1_value(rank, scale, aux, mode, out)
     else:
-        _symmetric_value(rank, scale, recipe.mode, out)
+        _level_value(rank, scale, recipe.levels, mode, out)
 
 
 @_compiled
-def _unit(scale, aux, recipe):
-    if recipe.kind == 0:
-        return _codebook_unit(scale, aux)
-    return _uniform_unit(scale, aux)
+def _unit(scale, recipe):
+    kind = recipe.kind
+    if kind == CODEBOOK:
+        return scale, _ONE / _not_below(scale, _SMALLEST_ABSMAX)
+    if kind == Q4_0:
+        return _with_inverse(abs(scale))
+    if kind == MX_FLOOR or kind == MX_RCEIL or kind == MX_GGUF:
+        return _with_inverse(_mx_unit(scale, kind))
+    return _with_inverse(scale)
 
 
 @_compiled
@@ -389,9 +668,11 @@ def _count_equal(a, b):
 
 
 @_compiled
-def _put_places(rank, recipe, place):
-    """By rank its bucket; ``place`` is ``rank`` where they are the same."""
-    if not recipe.is_plain:
+def _put_places(rank, scale, recipe, place):
+    """By rank the place of its bucket on the number line; ``place`` is ``rank`` where they are the same."""
+    if recipe.kind == Q4_0:
+        _put_q4_0_places(rank, scale, place)
+    elif not recipe.is_plain:
         _look_up(recipe.buckets, rank, place)
 
 
@@ -609,9 +890,9 @@ def compare(x_bits, y_bits, recipe, own, before_grid, found):
         _put_params(x, short, recipe, scale, aux)
         _put_ranks(x, scale, aux, short, recipe, position, rank)
         _put_values(rank, scale, aux, recipe, value)
-        _put_places(rank, recipe, place)
+        _put_places(rank, scale, recipe, place)
         for i in range(groups):
-            unit[i], inverse_unit[i] = _unit(scale[i], aux[i], recipe)
+            unit[i], inverse_unit[i] = _unit(scale[i], recipe)
         found.counts[0] += _count_equal(value, x)
         if zeros >= min(size, n):
             found.counts[1] += _count_zero_groups(x, y, size)
@@ -624,7 +905,7 @@ def compare(x_bits, y_bits, recipe, own, before_grid, found):
             _put_params(y, short, recipe, y_scale, y_aux)
             _put_ranks(y, y_scale, y_aux, short, recipe, position, y_rank)
             _put_values(y_rank, y_scale, y_aux, recipe, y_value)
-            _put_places(y_rank, recipe, y_place)
+            _put_places(y_rank, y_scale, recipe, y_place)
             found.same_value[0] += _count_equal(value, y_value)
             _count_distances(place, y_place, found.distances[0])
         if len(found.sizes):
@@ -641,7 +922,7 @@ def compare(x_bits, y_bits, recipe, own, before_grid, found):
             if not is_same_grid:
                 _put_ranks(y, scale, aux, short, recipe, position, y_rank)
                 _put_values(y_rank, scale, aux, recipe, y_value)
-                _put_places(y_rank, recipe, y_place)
+                _put_places(y_rank, scale, recipe, y_place)
             found.same_value[1] += _count_equal(value, y_value)
             _count_distances(place, y_place, found.distances[1])
         if len(found.group_same):
