@@ -295,7 +295,7 @@ def _bucket_compare_cpu(
         loops.compare(x, y, cpu.recipe_of(recipe, before.dtype), not shared_scales, shared_scales, found)
         return found
 
-    found = cpu.in_threads(work, cpu.spans_of(before.numel(), recipe))
+    found = cpu.in_threads(work, cpu.spans_of(before.numel(), recipe.group_size))
     on_grid, zero_groups, below_half_step, _ = sum(part.counts for part in found).tolist()
     same_value = sum(int(part.same_value[grid]) for part in found)
     counts = [same_value, below_half_step, on_grid, zero_groups, *sum(part.distances[grid] for part in found).tolist()]

@@ -15,7 +15,7 @@ import torch
 
 from .formats import Format
 
-LEAST_WEIGHTS = 1 << 17
+LEAST_ELEMENTS = 1 << 17
 _SPAN = 1 << 18  # of weights: a thread's work, short enough for threads to end together
 _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
@@ -31,10 +31,19 @@ def _loops():
 
 def loops_for(recipe: Format, w: torch.Tensor):
     """The module of the loops where they can and should take this tensor, else None."""
-    if w.device.type != "cpu" or recipe.looks_at_tensor or w.numel() < max(LEAST_WEIGHTS, 1):
+    if w.device.type != "cpu" or recipe.looks_at_tensor or w.numel() < max(LEAST_ELEMENTS, 1):
         return None
     loops = _loops()
     return loops if loops is not None and recipe.kind in loops.KINDS else None
+
+
+def loops_for_rows(*tensors: torch.Tensor):
+    """The same for tensors [batch, tokens, vocabulary], whose rows the loops take one by one."""
+    for x in tensors:
+        if x.device.type != "cpu" or x.numel() < max(LEAST_ELEMENTS, 1):
+            return None
+    loops = _loops()
+    return loops if loops is not None and all(x.dtype in loops.MODES for x in tensors) else None
 
 
 @functools.cache
@@ -72,6 +81,18 @@ def bits_of(w: torch.Tensor) -> np.ndarray:
     return w.detach().view(-1).view(signed).numpy().view(unsigned)
 
 
+def rows_of(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """[batch, tokens, vocabulary] as its memory, from the first element to the last, and where each row starts.
+
+    Rows that are not contiguous are copied.
+    """
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    batch, tokens, vocab = x.shape
+    starts = np.arange(batch)[:, None] * x.stride(0) + np.arange(tokens) * x.stride(1)
+    return bits_of(x.detach().as_strided((int(starts[-1, -1]) + vocab,), (1,))), starts.reshape(-1)
+
+
 def nothing_found(groups: int = 0, sizes: int = 0, first_size: int = 0):
     """What ``loops.compare`` adds to, before it has; counts by group of that many, and |dw| in so many bins."""
     return _loops().Found(
@@ -86,9 +107,9 @@ def nothing_found(groups: int = 0, sizes: int = 0, first_size: int = 0):
     )
 
 
-def spans_of(n: int, recipe: Format) -> list[slice]:
-    """n weights in pieces of whole groups: the same ones whatever the number of threads."""
-    stride = max(_SPAN // recipe.group_size, 1) * recipe.group_size
+def spans_of(n: int, unit: int) -> list[slice]:
+    """n elements in pieces of whole units: the same ones whatever the number of threads."""
+    stride = max(_SPAN // unit, 1) * unit
     return [slice(start, min(start + stride, n)) for start in range(0, n, stride)]
 
 

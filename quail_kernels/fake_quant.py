@@ -105,7 +105,7 @@ def _fake_quant_cpu(w: torch.Tensor, recipe: Format) -> torch.Tensor:
     def work(span: slice) -> None:
         loops.fake_quant(cpu.bits_of(flat_part(w, span)), numbers, out[span])
 
-    cpu.in_threads(work, cpu.spans_of(w.numel(), recipe))
+    cpu.in_threads(work, cpu.spans_of(w.numel(), recipe.group_size))
     return w_q
 
 
@@ -122,8 +122,10 @@ def _quantize_cpu(w: torch.Tensor, recipe: Format) -> tuple[torch.Tensor, torch.
         groups = slice(span.start // size, -(-span.stop // size))
         loops.quantize(cpu.bits_of(flat_part(w, span)), numbers, packed[_packed(span)], by_group[groups])
 
-    cpu.in_threads(work, cpu.spans_of(n, recipe))
-    return codes, params[:, : recipe.n_params].reshape(recipe.params_shape(n)).to(recipe.params_dtype(w.dtype))
+    cpu.in_threads(work, cpu.spans_of(n, recipe.group_size))
+    scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype))
+    scales.view(-1, recipe.n_params).copy_(params[:, : recipe.n_params])
+    return codes, scales
 
 
 def _dequantize_cpu(
@@ -143,7 +145,7 @@ def _dequantize_cpu(
         groups = slice(span.start // size, -(-span.stop // size))
         loops.dequantize(packed[_packed(span)], by_group[groups], numbers, out[span])
 
-    cpu.in_threads(work, cpu.spans_of(n, recipe))
+    cpu.in_threads(work, cpu.spans_of(n, recipe.group_size))
     return w_q
 
 

@@ -33,6 +33,7 @@ KINDS = (
     *("q4_0", "q4_1", "mx_floor", "mx_rceil", "mx_gguf"),
 )
 CODEBOOK, SYMMETRIC, ZERO_POINT, ZERO_POINT_FP16, MINMAX, Q4_0, Q4_1, MX_FLOOR, MX_RCEIL, MX_GGUF = range(len(KINDS))
+PER_LOGIT, L2, LINF, LABEL = range(4)  # in the order of margin_hinge.NORMS
 FP32, BF16, FP16 = 0, 1, 2
 MODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
@@ -928,3 +929,230 @@ def compare(x_bits, y_bits, recipe, own, before_grid, found):
         if len(found.group_same):
             _count_same_by_group(place, y_place, size, found.group_same[group : group + groups])
         start, group = stop, group + groups
+
+
+@_compiled
+def _exp(x):
+    """e^x in fp32, within 2 ulp of it; PyTorch's loops have such a one, and numba, without SVML, none that vectorizes.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2, where e^r is a polynomial (Taylor's, to the seventh power: what is left out is
+    below 2e-9), and 2^n is put into the exponent in two halves, so that results may be subnormal.
+    """
+    within = min(max(x, np.float32(-104)), np.float32(89))
+    n = np.rint(within * np.float32(1.4426950408889634))
+    r = (within - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)  # ln 2 in two parts, Cody and Waite's
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + _HALF
+    p = p * r + _ONE
+    p = p * r + _ONE
+    exponent = np.int32(n)
+    half = np.int32(exponent >> np.int32(1))
+    rest = np.int32(exponent - half)
+    p *= _float_of(np.uint32(np.int32(half + np.int32(127))) << np.uint32(23))
+    p *= _float_of(np.uint32(np.int32(rest + np.int32(127))) << np.uint32(23))
+    return p if x == x else x
+
+
+@_compiled
+def _in_order(bits):
+    """The bits of an fp32 number as an integer of the same order, and back: of integers a maximum vectorizes."""
+    return np.int32(bits ^ np.int32((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@_compiled
+def _range_of(x, low, high):
+    """The range so far and of x together; what a NaN makes of it is the caller's to see."""
+    least, most = _in_order(np.int32(_bits_of(low))), _in_order(np.int32(_bits_of(high)))
+    for i in range(len(x)):
+        key = _in_order(np.int32(_bits_of(x[i])))
+        least = min(least, key)
+        most = max(most, key)
+    return _float_of(np.uint32(_in_order(least))), _float_of(np.uint32(_in_order(most)))
+
+
+@_unordered
+def _sum_of_exps(x, base):
+    total = _ZERO
+    for i in range(len(x)):
+        total += _exp(x[i] - base)
+    return np.float64(total)
+
+
+@_compiled
+def _log_sum_exp(row, mode, x):
+    top, base, total = -_INFINITY, _ZERO, 0.0
+    for start in range(0, len(row), len(x)):
+        n = min(len(x), len(row) - start)
+        _load_row(row[start : start + n], mode, x[:n])
+        _, of_tile = _range_of(x[:n], _INFINITY, top)
+        if of_tile > top:
+            top = of_tile
+            # An infinity is no base: what it makes is then infinite, or nothing.
+            new_base = _ZERO if abs(top) == _INFINITY else top
+            total *= np.exp(np.float64(base) - np.float64(new_base))
+            base = new_base
+        total += _sum_of_exps(x[:n], base)
+    return np.float32(np.float64(base) + np.log(total))
+
+
+@_compiled
+def _sign_or_nan(d):
+    return _ONE if d > _ZERO else (-_ONE if d < _ZERO else d)
+
+
+@_compiled
+def _load_differences(z_row, z_mode, ref_row, ref_mode, start, z, ref, e):
+    """z - z_ref of as many logits as ``e`` has; z stays in ``z``."""
+    _load_row(z_row[start : start + len(e)], z_mode, z)
+    _load_row(ref_row[start : start + len(e)], ref_mode, ref)
+    for i in range(len(e)):
+        e[i] = z[i] - ref[i]
+
+
+@_unordered
+def _sums_per_logit(e, shift, margin):
+    """(sum of hinges, of signs inside the margin, how many are inside)."""
+    hinges, signs, count = _ZERO, _ZERO, _ZERO
+    for i in range(len(e)):
+        d = e[i] - shift
+        outside = abs(d) >= margin  # NaN is not, and so gets through
+        hinges += _ZERO if outside else margin - abs(d)
+        signs += _ZERO if outside else _sign_or_nan(d)
+        count += _ONE if abs(d) < margin else _ZERO
+    return np.float64(hinges), np.float64(signs), np.int64(count)
+
+
+@_unordered
+def _sums_of_l2(e, shift):
+    squares, total = 0.0, 0.0
+    for i in range(len(e)):
+        d = np.float64(e[i] - shift)
+        squares += d * d
+        total += d
+    return squares, total
+
+
+@_compiled
+def hinge_forward(z_all, z_at, z_mode, ref_all, ref_at, ref_mode, vocab, labels, kept, options, hinge, active, stats):
+    """logit_margin_hinge of rows, as ``_margin_hinge_fwd_torch`` has it.
+
+    ``z_at`` is where each starts in ``z_all``; ``options`` are norm, by its place in NORMS, log_probs and margin.
+    """
+    norm, log_probs, margin = options
+    z, ref, e = np.empty(_ROW, np.float32), np.empty(_ROW, np.float32), np.empty(_ROW, np.float32)
+    for row in range(len(z_at)):
+        hinge[row], active[row], stats[row, :] = _ZERO, 0, _ZERO
+        if not kept[row]:
+            continue
+        z_row, ref_row = z_all[z_at[row] : z_at[row] + vocab], ref_all[ref_at[row] : ref_at[row] + vocab]
+        lse, shift, above, below, slope = _ZERO, _ZERO, _INFINITY, -_INFINITY, _ZERO
+        if log_probs:
+            lse = _log_sum_exp(z_row, z_mode, z)
+            shift = lse - _log_sum_exp(ref_row, ref_mode, ref)
+        if norm == PER_LOGIT:
+            hinges, signs, count = 0.0, 0.0, 0
+            for start in range(0, vocab, _ROW):
+                n = min(_ROW, vocab - start)
+                _load_differences(z_row, z_mode, ref_row, ref_mode, start, z[:n], ref[:n], e[:n])
+                h, s, c = _sums_per_logit(e[:n], shift, margin)
+                hinges, signs, count = hinges + h, signs + s, count + c
+            weight = np.float32(1 / vocab)
+            h, slope = np.float32(hinges / vocab), -weight * np.float32(signs)
+        elif norm == L2:
+            squares, total = 0.0, 0.0
+            for start in range(0, vocab, _ROW):
+                n = min(_ROW, vocab - start)
+                _load_differences(z_row, z_mode, ref_row, ref_mode, start, z[:n], ref[:n], e[:n])
+                s, t = _sums_of_l2(e[:n], shift)
+                squares, total = squares + s, total + t
+            length = np.float32(np.sqrt(squares))
+            h, count = (_ZERO if length >= margin else margin - length), np.int64(length < margin)
+            weight = _ZERO if length >= margin or length == _ZERO else _ONE / length
+            slope = -weight * np.float32(total)
+        elif norm == LINF:
+            bottom, top, nans = _INFINITY, -_INFINITY, 0
+            for start in range(0, vocab, _ROW):
+                n = min(_ROW, vocab - start)
+                _load_differences(z_row, z_mode, ref_row, ref_mode, start, z[:n], ref[:n], e[:n])
+                bottom, top = _range_of(e[:n], bottom, top)
+                nans += n - _count_equal(e[:n], e[:n])
+            # Rounding keeps the order, so that the largest |e - shift| is at an end; two e may share it.
+            highest, lowest = abs(top - shift), abs(bottom - shift)
+            peak = _NAN if nans or highest != highest or lowest != lowest else max(highest, lowest)
+            above = top if top - shift == peak else _INFINITY
+            below = bottom if shift - bottom == peak else -_INFINITY
+            n_above, n_below = 0, 0
+            for start in range(0, vocab, _ROW):
+                n = min(_ROW, vocab - start)
+                _load_differences(z_row, z_mode, ref_row, ref_mode, start, z[:n], ref[:n], e[:n])
+                for i in range(n):
+                    n_above += e[i] == above
+                    n_below += e[i] == below
+            h, count = (_ZERO if peak >= margin else margin - peak), np.int64(peak < margin)
+            ties = np.float32(n_above + n_below)
+            weight = _ZERO if peak >= margin else _ONE / ties + _ZERO * peak
+            slope = _ZERO if peak == _ZERO else -weight * np.float32(n_above - n_below)
+        else:
+            at = labels[row]
+            _load_differences(z_row, z_mode, ref_row, ref_mode, at, z[:1], ref[:1], e[:1])
+            d = e[0] - shift
+            h, count = (_ZERO if abs(d) >= margin else margin - abs(d)), np.int64(abs(d) < margin)
+            weight = _ZERO if abs(d) >= margin else _sign_or_nan(d)
+            slope = -weight
+        hinge[row], active[row] = h, count
+        stats[row, 0], stats[row, 1], stats[row, 2] = lse, shift, weight
+        stats[row, 3], stats[row, 4], stats[row, 5] = (slope if log_probs else _ZERO), above, below
+
+
+@_compiled
+def _put_gradient(norm, e, shift, weight, above, below, margin, g):
+    """dh/dd of every norm but ``label``."""
+    if norm == PER_LOGIT:
+        for i in range(len(e)):
+            d = e[i] - shift
+            g[i] = _ZERO if abs(d) >= margin else -weight * _sign_or_nan(d)
+    elif norm == L2:
+        for i in range(len(e)):
+            g[i] = -weight * (e[i] - shift)
+    else:
+        for i in range(len(e)):
+            is_between = (e[i] < above) & (e[i] > below)
+            g[i] = _ZERO if is_between else -weight * _sign_or_nan(e[i] - shift)
+
+
+@_compiled
+def hinge_backward(
+    out_all, out_at, z_all, z_at, z_mode, ref_all, ref_at, ref_mode, vocab, labels, kept, options, grad, stats
+):
+    """The gradient of rows by their logits, as ``_margin_hinge_bwd_torch`` has it; ``out_all`` may be ``z_all``."""
+    norm, log_probs, margin = options
+    z, ref = np.empty(_ROW, np.float32), np.empty(_ROW, np.float32)
+    e, g = np.empty(_ROW, np.float32), np.empty(_ROW, np.float32)
+    for row in range(len(z_at)):
+        z_row, ref_row = z_all[z_at[row] : z_at[row] + vocab], ref_all[ref_at[row] : ref_at[row] + vocab]
+        lse, shift, weight, slope = stats[row, 0], stats[row, 1], stats[row, 2], stats[row, 3]
+        for start in range(0, vocab, _ROW):
+            n = min(_ROW, vocab - start)
+            if not kept[row]:
+                g[:n] = _ZERO
+            elif norm == LABEL:
+                g[:n] = _ZERO
+                if start <= labels[row] < start + n:
+                    g[labels[row] - start] = -weight
+                if log_probs:
+                    _load_row(z_row[start : start + n], z_mode, z[:n])
+            else:
+                _load_differences(z_row, z_mode, ref_row, ref_mode, start, z[:n], ref[:n], e[:n])
+                _put_gradient(norm, e[:n], shift, weight, stats[row, 4], stats[row, 5], margin, g[:n])
+            if kept[row]:
+                if log_probs:
+                    for i in range(n):
+                        g[i] -= _exp(z[i] - lse) * slope
+                for i in range(n):
+                    g[i] *= grad[row]
+                _round_row(g[:n], z_mode)
+            _store_row(g[:n], z_mode, out_all[out_at[row] + start : out_at[row] + start + n])

@@ -29,8 +29,10 @@ are read one logit at a time, which for bf16 takes 31 instructions a logit where
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 
+from . import cpu
 from ._sharding import admit_dtensors
 from ._triton import tl, triton
 
@@ -91,12 +93,16 @@ def _margin_hinge_fwd_torch(
     for b, tokens, rows in _row_chunks(z3.shape):
         kept = _kept(labels, ignore_index, rows, z3)
         z, z_ref = z3[b, tokens].to(dtype), ref3[b, tokens].to(dtype)
-        d, lse, shift = z - z_ref, torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
-        e = d
+        lse, shift = torch.zeros_like(z[:, 0]), torch.zeros_like(z[:, 0])
         above, below = torch.full_like(lse, math.inf), torch.full_like(lse, -math.inf)
         if space == "log_probs":
             lse = z.logsumexp(dim=1)
             shift = lse - z_ref.logsumexp(dim=1)
+        if norm == "label":
+            label = labels[rows].where(kept, 0)[:, None]
+            z, z_ref = z.gather(1, label), z_ref.gather(1, label)
+        d = e = z - z_ref
+        if space == "log_probs":
             d = e - shift[:, None]
         if norm == "per_logit":
             size = d.abs()
@@ -124,7 +130,7 @@ def _margin_hinge_fwd_torch(
             weight = (1 / (hi + lo) + 0 * peak).masked_fill(peak >= margin, 0)
             slope = -weight * (hi - lo).masked_fill(peak == 0, 0)
         else:
-            d_label = d.gather(1, labels[rows].where(kept, 0)[:, None]).squeeze(1)
+            d_label = d.squeeze(1)
             count = d_label.abs() < margin
             h = (margin - d_label.abs()).clamp(min=0)
             weight = _sign_or_nan(d_label).masked_fill(d_label.abs() >= margin, 0)
@@ -154,9 +160,10 @@ def _margin_hinge_bwd_torch(
         kept = _kept(labels, ignore_index, rows, z3)
         lse, shift, weight, slope, above, below = stats[rows, :, None].unbind(1)
         z = z3[b, tokens].to(stats.dtype)
-        e = d = z - ref3[b, tokens].to(stats.dtype)
-        if space == "log_probs":
-            d = e - shift
+        if norm != "label":
+            e = d = z - ref3[b, tokens].to(stats.dtype)
+            if space == "log_probs":
+                d = e - shift
         if norm == "per_logit":
             is_inside = d.abs()
             torch.lt(is_inside, margin, out=is_inside)
@@ -166,13 +173,82 @@ def _margin_hinge_bwd_torch(
         elif norm == "linf":
             g = (-weight * _sign_or_nan(d)).masked_fill((e < above) & (e > below), 0)
         else:
-            vocab = torch.arange(z.shape[1], device=z.device)
-            g = torch.where(vocab == labels[rows, None], -weight, 0)
+            g = torch.zeros_like(z).scatter_(1, labels[rows].where(kept, 0)[:, None], -weight)
         if space == "log_probs":
             g -= (z - lse).exp_().mul_(slope)
         out3[b, tokens] = g.mul_(grad_hinge[rows, None])
         if labels is not None:
             out3[b, tokens][~kept] = 0
+
+
+def _of_rows(labels: torch.Tensor | None, ignore_index: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(labels, which rows are kept)."""
+    if labels is None:
+        return np.zeros(n, np.int64), np.ones(n, np.bool_)
+    return labels.numpy(), (labels != ignore_index).numpy()
+
+
+def _margin_hinge_fwd_cpu(
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    margin: float,
+    norm: str,
+    space: str,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z3, ref3 = _as_3d(logits), _as_3d(ref_logits)
+    loops = cpu.loops_for_rows(z3, ref3)
+    if loops is None:
+        return _margin_hinge_fwd_torch(logits, ref_logits, labels, margin, norm, space, ignore_index)
+    n, vocab = z3.shape[0] * z3.shape[1], z3.shape[2]
+    hinge, active, stats = torch.empty(n), torch.empty(n, dtype=torch.int32), torch.empty(n, _STATS)
+    (z, z_at), (ref, ref_at), (label, kept) = cpu.rows_of(z3), cpu.rows_of(ref3), _of_rows(labels, ignore_index, n)
+    outputs = hinge.numpy(), active.numpy(), stats.numpy()
+    options = NORMS.index(norm), space == "log_probs", np.float32(margin)
+
+    def work(span: slice) -> None:
+        rows = slice(span.start // vocab, span.stop // vocab)
+        of_z, of_ref = (z, z_at[rows], loops.MODES[z3.dtype]), (ref, ref_at[rows], loops.MODES[ref3.dtype])
+        loops.hinge_forward(*of_z, *of_ref, vocab, label[rows], kept[rows], options, *(out[rows] for out in outputs))
+
+    cpu.in_threads(work, cpu.spans_of(n * vocab, vocab))
+    return hinge, active, stats
+
+
+def _margin_hinge_bwd_cpu(
+    out: torch.Tensor,
+    grad_hinge: torch.Tensor,
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    stats: torch.Tensor,
+    margin: float,
+    norm: str,
+    space: str,
+    ignore_index: int,
+) -> None:
+    out3, z3, ref3 = _as_3d(out), _as_3d(logits), _as_3d(ref_logits)
+    loops = cpu.loops_for_rows(out3, z3, ref3)
+    if loops is None:
+        options = (margin, norm, space, ignore_index)
+        return _margin_hinge_bwd_torch(out, grad_hinge, logits, ref_logits, labels, stats, *options)
+    n, vocab = z3.shape[0] * z3.shape[1], z3.shape[2]
+    gradient = out3 if out3.stride(2) == 1 else torch.empty(out3.shape, dtype=out3.dtype)
+    (g, g_at), (z, z_at), (ref, ref_at) = cpu.rows_of(gradient), cpu.rows_of(z3), cpu.rows_of(ref3)
+    label, kept = _of_rows(labels, ignore_index, n)
+    grad, by_row = grad_hinge.numpy(), stats.numpy()
+    options = NORMS.index(norm), space == "log_probs", np.float32(margin)
+
+    def work(span: slice) -> None:
+        rows = slice(span.start // vocab, span.stop // vocab)
+        of_z, of_ref = (z, z_at[rows], loops.MODES[z3.dtype]), (ref, ref_at[rows], loops.MODES[ref3.dtype])
+        args = (vocab, label[rows], kept[rows], options, grad[rows], by_row[rows])
+        loops.hinge_backward(g, g_at[rows], *of_z, *of_ref, *args)
+
+    cpu.in_threads(work, cpu.spans_of(n * vocab, vocab))
+    if gradient is not out3:
+        out3.copy_(gradient)
 
 
 @triton.jit
@@ -655,7 +731,7 @@ def _margin_hinge_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if labels is not None:
         _check_label_range(labels, logits.shape[-1], ignore_index)
-    return _margin_hinge_fwd_torch(logits, ref_logits, labels, margin, norm, space, ignore_index)
+    return _margin_hinge_fwd_cpu(logits, ref_logits, labels, margin, norm, space, ignore_index)
 
 
 @_margin_hinge_op.register_kernel("cuda")
@@ -684,7 +760,7 @@ def _margin_hinge_backward_op(
     ignore_index: int,
 ) -> torch.Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _margin_hinge_bwd_torch(out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
+    _margin_hinge_bwd_cpu(out, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
     return out
 
 
@@ -712,7 +788,7 @@ def _margin_hinge_backward_inplace_op(
     space: str,
     ignore_index: int,
 ) -> None:
-    _margin_hinge_bwd_torch(logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
+    _margin_hinge_bwd_cpu(logits, grad_hinge, logits, ref_logits, labels, stats, margin, norm, space, ignore_index)
 
 
 @_margin_hinge_backward_inplace_op.register_kernel("cuda")

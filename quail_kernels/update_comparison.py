@@ -198,7 +198,7 @@ class _RecipeTally:
             loops.compare(cpu.bits_of(x[span]), cpu.bits_of(y[span]), numbers, True, True, found)
             return found
 
-        for found in cpu.in_threads(work, cpu.spans_of(len(x), self.recipe)):
+        for found in cpu.in_threads(work, cpu.spans_of(len(x), self.recipe.group_size)):
             self._add_found(found)
         return True
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import weight_cases
@@ -11,8 +12,9 @@ from awkward_weights import awkward, gaussian
 from hypothesis import HealthCheck, given, settings
 from weight_cases import LAYOUTS, laid_out, same_bits
 
-from quail_kernels import FORMATS, bucket_compare, cpu, dequantize, fake_quant, get_format, quantize
+from quail_kernels import FORMATS, bucket_compare, cpu, dequantize, fake_quant, get_format, logit_margin_hinge, quantize
 from quail_kernels.formats import WEIGHT_DTYPES
+from quail_kernels.margin_hinge import NORMS, SPACES
 from quail_kernels.update_comparison import compare_updates
 
 loops = pytest.importorskip("quail_kernels.loops", reason="numba is not installed: the references do the work")
@@ -30,7 +32,7 @@ def anything(monkeypatch):
     monkeypatch.setattr(cpu, "_SPAN", 4096)
 
     def use(compiled):
-        monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 0 if compiled else 1 << 60)
+        monkeypatch.setattr(cpu, "LEAST_ELEMENTS", 0 if compiled else 1 << 60)
 
     return use
 
@@ -184,8 +186,74 @@ def test_the_number_of_threads_changes_nothing(anything):
     assert torch.equal(comparison.group_same_code, comparison_3.group_same_code)
 
 
+def hinge_of(z, ref, labels, **options):
+    z = z.detach().requires_grad_()
+    h, share = logit_margin_hinge(z, ref, labels, reduction="none", return_active_share=True, **options)
+    (grad,) = torch.autograd.grad((h * torch.arange(1, h.numel() + 1).view(h.shape)).sum(), z)
+    return h.detach(), share, grad
+
+
+@DTYPES
+@pytest.mark.parametrize("vocab", [1, 1000, 5000])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_hinge_is_that_of_the_reference(anything, norm, space, vocab, dtype):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, 4, vocab, generator=generator).to(dtype)
+    ref = (z.float() + torch.randn(2, 4, vocab, generator=generator)).to(dtype)
+    z[0, 1, : vocab // 2] = ref[0, 1, : vocab // 2]
+    ref[1, 1] = z[1, 1]
+    if vocab > 1:
+        z[1, 0, 0] = ref[1, 0, 1] = 30  # ties for linf, but for what rounding to the dtype makes of the others
+    labels = torch.randint(vocab, (2, 4), generator=generator)
+    labels[0, 2] = labels[1, 3] = -100
+    options = {"norm": norm, "space": space, "margin": {"l2": 2 * vocab**0.5, "linf": 40.0}.get(norm, 0.5)}
+    for layout in ("contiguous", "split", "every second"):
+        tensors = laid_out(z, layout), laid_out(ref, layout), labels
+        anything(True)
+        h, share, grad = hinge_of(*tensors, **options)
+        anything(False)
+        expected, expected_share, expected_grad = hinge_of(*tensors, **options)
+        torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-5)
+        assert share == expected_share
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(grad, expected_grad, rtol=4 * eps, atol=4 * eps * float(expected_grad.abs().max()))
+        assert not grad[0, 2].any() and not grad[1, 3].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_hinge_hides_no_nan_and_no_infinity(anything, norm, space, bad):
+    z = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
+    ref = z.flip(0).clone()
+    z[0, 5] = ref[1, 2500] = z[2, 7] = ref[2, 7] = bad
+    labels = torch.tensor([5, 2500, 7, 9])
+    options = {"norm": norm, "space": space, "margin": 1.0}
+    anything(True)
+    h, share, grad = hinge_of(z, ref, labels, **options)
+    anything(False)
+    expected, expected_share, expected_grad = hinge_of(z, ref, labels, **options)
+    torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert share == expected_share
+
+
+def test_exponentials():
+    x = torch.cat([torch.linspace(-87, 88.7, 20_000), torch.tensor([0.0, -0.0, 1e-10, 0.34657, -0.34658])])
+    got = torch.tensor([float(loops._exp(number)) for number in x.numpy()], dtype=torch.float64)
+    exact = x.double().exp()
+    ulp = torch.from_numpy(np.spacing(exact.float().numpy())).double()
+    assert ((got - exact).abs() <= 2 * ulp).all()
+    subnormal = torch.linspace(-103.9, -87, 1000)
+    found = torch.tensor([float(loops._exp(number)) for number in subnormal.numpy()], dtype=torch.float64)
+    assert ((found - subnormal.double().exp()).abs() <= 2 * 2.0**-149 + 2.0**-22 * found).all()
+    ends = [float(loops._exp(np.float32(number))) for number in (np.inf, -np.inf, 100.0, -200.0)]
+    assert ends == [np.inf, 0, np.inf, 0] and np.isnan(loops._exp(np.float32(np.nan)))
+
+
 def test_small_tensors_and_other_recipes_take_the_reference():
-    large = torch.empty(cpu.LEAST_WEIGHTS)
+    large = torch.empty(cpu.LEAST_ELEMENTS)
     assert cpu.loops_for(get_format("bnb-nf4"), large) is loops
     assert cpu.loops_for(get_format("bnb-nf4"), large[1:]) is None
     assert cpu.loops_for(get_format("minmax-int4"), large) is None
@@ -199,10 +267,10 @@ import sys
 sys.modules["numba"] = None
 import torch
 from quail_kernels import bucket_compare, cpu, fake_quant, get_format
-w = torch.randn(cpu.LEAST_WEIGHTS)
+w = torch.randn(cpu.LEAST_ELEMENTS)
 assert cpu.loops_for(get_format("bnb-nf4"), w) is None
 print(int(bucket_compare(w, fake_quant(w, "bnb-nf4"), "bnb-nf4").same_code))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == cpu.LEAST_WEIGHTS
+    assert int(done.stdout) == cpu.LEAST_ELEMENTS
