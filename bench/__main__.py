@@ -37,6 +37,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--readme", type=Path, metavar="A", help="write the README's section from a results file")
     parser.add_argument("--size", type=float, help="share of the models' rows; 1 on a GPU, 0.25 on a CPU")
     parser.add_argument("--ops", help="comma-separated; all")
+    parser.add_argument("--models", help="comma-separated, as the report names them; all")
     parser.add_argument("--headlines", action="store_true", help="only the cases that the README shows")
     parser.add_argument("--budget-s", type=float, default=_BUDGET_S, metavar="S", help="seconds; default %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write, instead of bench/results/")
@@ -52,11 +53,14 @@ def _report(options: argparse.Namespace) -> int:
     if not 0 <= size <= 1 or not options.budget_s > 0:
         raise ValueError(f"--size, --budget-s: expected 0 to 1, and seconds above 0; got {size}, {options.budget_s}")
     cases = [case for case in all_cases(size) if case.headline or not options.headlines]
-    if options.ops:
-        asked, known = set(options.ops.split(",")), {case.op for case in cases}
+    for option, chosen in (("op", options.ops), ("model", options.models)):
+        if not chosen:
+            continue
+        asked, known = set(chosen.split(",")), {getattr(case, option) for case in cases}
         if unknown := asked - known:
-            raise ValueError(f"--ops: expected some of {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
-        cases = [case for case in cases if case.op in asked]
+            expected, got = (", ".join(sorted(names)) for names in (known, unknown))
+            raise ValueError(f"--{option}s: expected some of {expected}; got {got}")
+        cases = [case for case in cases if getattr(case, option) in asked]
     facts, started = machine.describe(device), now()
     name = machine.slug(facts["card"] or f"{facts['cpu']} {facts['cpu_cores']} cores")
     path = options.out or results.choose_path(name, started, options.force)

@@ -30,3 +30,5 @@ LLAMA_2_7B = Model("Llama-2-7B", 4096, 11008, 32000)
 LLAMA_3_8B = Model("Llama-3-8B", 4096, 14336, 128256)
 QWEN3_8B = Model("Qwen3-8B", 4096, 12288, 151936)
 GEMMA_2_9B = Model("Gemma-2-9B", 3584, 14336, 256000)
+# No model's: weights of 4096 x 4096, and SmolLM2's vocabulary.
+SQUARE = Model("square", 4096, 4096, 49152)

@@ -296,19 +296,30 @@ def _level_value(rank, scale, levels, mode, out):
 @_compiled
 def _symmetric_fit(x, rule, mode, scale):
     """rule: the divisor, the smallest absmax, what a scale of 0 becomes, whether the arithmetic is in fp32."""
+    divisor, smallest, guard = rule[0], rule[1], rule[2]
     _put_absmax(x, scale)
     for group in range(len(scale)):
-        fitted = _rounded(_not_below(scale[group], rule[1]) / rule[0], FP32 if rule[3] else mode)
-        scale[group] = rule[2] if fitted == _ZERO else fitted
+        scale[group] = _not_below(scale[group], smallest) / divisor
+    _round_row(scale, FP32 if rule[3] else mode)
+    for group in range(len(scale)):
+        scale[group] = guard if scale[group] == _ZERO else scale[group]
+
+
+@_compiled
+def _put_symmetric_numbers(x, scale, rule, mode, out):
+    """The integers from -8 to 7, as fp32."""
+    _divide_groups(x, scale, out)
+    _round_row(out, FP32 if rule[3] else mode)
+    for i in range(len(out)):
+        q = np.rint(min(max(out[i], np.float32(-8)), np.float32(7)))
+        out[i] = q + _ZERO if out[i] == out[i] else _ZERO  # the sum makes 0 of -0
 
 
 @_compiled
 def _symmetric_rank(x, scale, rule, mode, position, out):
-    _divide_groups(x, scale, position)
-    _round_row(position, FP32 if rule[3] else mode)
-    for i in range(len(x)):
-        q = np.rint(min(max(position[i], np.float32(-8)), np.float32(7)))
-        out[i] = np.uint32(np.int32((q if position[i] == position[i] else _ZERO) + np.float32(8)))
+    _put_symmetric_numbers(x, scale, rule, mode, position)
+    for i in range(len(out)):
+        out[i] = np.uint32(np.int32(position[i] + np.float32(8)))
 
 
 @_compiled
@@ -624,6 +635,18 @@ def _put_values(rank, scale, aux, recipe, out):
 
 
 @_compiled
+def _put_nearest(x, scale, aux, short, recipe, position, rank, out):
+    """The value of each weight's rank."""
+    if recipe.kind == SYMMETRIC:  # by way of no rank: a fifth faster
+        _put_symmetric_numbers(x, scale, recipe.rule, recipe.mode, out)
+        _scale_groups(out, scale)
+        _round_row(out, recipe.mode)
+    else:
+        _put_ranks(x, scale, aux, short, recipe, position, rank)
+        _put_values(rank, scale, aux, recipe, out)
+
+
+@_compiled
 def _unit(scale, recipe):
     kind = recipe.kind
     if kind == CODEBOOK:
@@ -817,8 +840,7 @@ def fake_quant(bits, recipe, out):
         rank, scale, aux = ranks[: stop - start], params[0, :groups], params[1, :groups]
         _load_row(bits[start:stop], mode, x)
         _put_params(x, short, recipe, scale, aux)
-        _put_ranks(x, scale, aux, short, recipe, position, rank)
-        _put_values(rank, scale, aux, recipe, value)
+        _put_nearest(x, scale, aux, short, recipe, position, rank, value)
         _store_row(value, mode, out[start:stop])
         start = stop
 

@@ -13,8 +13,9 @@ An update that is delivered whole has 1, 1, 1; in one that is delivered by a few
 share stays near 1 while the cosine falls. The pass also counts how large |dw| is against the width s of the bucket
 that w_before lies in, by powers of two.
 
-It is written for CPU cores, in operations on as many weights as a core's cache holds, and several threads may call
-it at once. On another device it runs as well, waiting for that device with each chunk.
+It is written for CPU cores, and several threads may call it at once: blocks that are large enough go through the loops
+of loops.py, others through operations on as many weights as a core's cache holds. On another device it runs as well,
+waiting for that device with each chunk.
 """
 
 import math
@@ -51,8 +52,9 @@ class UpdateComparison:
     Attributes:
         own: as of ``bucket_compare(scales="own")``.
         before_grid: as of ``bucket_compare(scales="before")``.
-        sum_square_change, sum_square_delivered, sum_change_delivered: fp64, of dw^2, dq^2 and dw dq. Within a chunk
-            they are summed in fp32, and so some 1e-7 of their size off; changes below 1e-19 do not count.
+        sum_square_change, sum_square_delivered, sum_change_delivered: fp64, of dw^2, dq^2 and dw dq. Where the loops
+            did not do the work they are summed in fp32 within a chunk, and so some 1e-7 of their size off, and changes
+            below 1e-19 do not count.
         step_histogram: int64 [37], how many weights have |dw| / s = 0 (dw = 0, whatever s is), below
             ``STEP_EDGES[0]``, from each edge to the next, and from the last on; there a NaN counts, too.
     """

@@ -108,6 +108,7 @@ def test_a_report_is_not_overwritten(reported):
     ("arguments", "got"),
     [
         (("--report", "--ops", "fake_quant,dream"), "dream"),
+        (("--report", "--models", "square,dream"), "dream"),
         (("--report", "--size", "2"), "2"),
         (("--report", "--budget-s", "0"), "0"),
         (("--compare", "absent.json", "absent.json"), "absent.json"),

@@ -13,7 +13,7 @@ from quail_kernels import FORMATS, bucket_compare, get_format
 from quail_kernels.formats import Format
 
 from ..case import Case, Check
-from ..models import LLAMA_3_8B, SMOLLM2_135M, Model
+from ..models import LLAMA_3_8B, SMOLLM2_135M, SQUARE, Model
 from .plain_recipes import buckets, quantized, values
 from .weights import EXACT, OTHERS_MAY_DIFFER, bnb_options, peers, weight
 
@@ -88,4 +88,6 @@ def _case(model: Model, format: str, dtype: torch.dtype, size: float, headline: 
 def cases(size: float) -> list[Case]:
     made = [_case(LLAMA_3_8B, format, torch.bfloat16, size, format in _COMPILED) for format in FORMATS]
     made += [_case(SMOLLM2_135M, format, torch.bfloat16, size, False) for format in _COMPILED]
+    for dtype in (torch.float32, torch.bfloat16):
+        made += [_case(SQUARE, format, dtype, size, False) for format in _COMPILED]
     return [*made, _case(LLAMA_3_8B, "bnb-nf4", torch.float32, size, False)]

@@ -9,7 +9,7 @@ from quail_kernels import FORMATS, fake_quant, get_format
 from quail_kernels.formats import Format
 
 from ..case import Case, Peer, import_peer
-from ..models import LLAMA_3_8B, LLAMA_32_1B, SMOLLM2_135M, Model
+from ..models import LLAMA_3_8B, LLAMA_32_1B, SMOLLM2_135M, SQUARE, Model
 from .plain_recipes import quantized, values
 from .weights import bnb_options, judge_values, peers, weight
 
@@ -65,7 +65,8 @@ def _case(model: Model, format: str, dtype: torch.dtype, size: float, headline: 
 
 def cases(size: float) -> list[Case]:
     made = [_case(LLAMA_3_8B, format, torch.bfloat16, size, format in _COMPILED) for format in FORMATS]
-    for model in (SMOLLM2_135M, LLAMA_32_1B):
+    for model in (SMOLLM2_135M, LLAMA_32_1B, SQUARE):
         made += [_case(model, format, torch.bfloat16, size, False) for format in _COMPILED]
     made += [_case(LLAMA_3_8B, "bnb-nf4", dtype, size, False) for dtype in (torch.float32, torch.float16)]
+    made += [_case(SQUARE, format, torch.float32, size, False) for format in _COMPILED]
     return made

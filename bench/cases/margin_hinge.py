@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from quail_kernels import logit_margin_hinge
 
 from ..case import Case, Check, Peer
-from ..models import GEMMA_2_9B, GPT2, LLAMA_2_7B, LLAMA_3_8B, QWEN3_8B, SMOLLM2_135M, Model
+from ..models import GEMMA_2_9B, GPT2, LLAMA_2_7B, LLAMA_3_8B, QWEN3_8B, SMOLLM2_135M, SQUARE, Model
 
 _LOSS_MAY_ERR = 1e-4
 _MAY_DIFFER = 100  # of a million
@@ -145,4 +145,7 @@ def cases(size: float) -> list[Case]:
         made.append(_case(LLAMA_3_8B, 4096, norm, space, bf16, size))
     for model, tokens in ((SMOLLM2_135M, 4096), (GPT2, 4096), (LLAMA_2_7B, 4096), (QWEN3_8B, 2048), (GEMMA_2_9B, 2048)):
         made.append(_case(model, tokens, "per_logit", "logits", bf16, size))
+    for dtype in (torch.float32, torch.bfloat16):
+        for norm, space in (("per_logit", "logits"), ("label", "log_probs")):
+            made.append(_case(SQUARE, 512, norm, space, dtype, size))
     return [*made, _case(SMOLLM2_135M, 4096, "per_logit", "logits", torch.float32, size)]

@@ -11,7 +11,8 @@ file of its family, with x a weight of group g, all in fp32 unless said:
     microscaling.py    mxfp4, mxfp4-rceil, gguf-mxfp4, nvfp4
 
 A recipe that follows a rule that is there is one entry in RECIPES; a new rule is a class with the PyTorch
-reference, the Triton functions beside it, and its KIND in tiles.py.
+reference, the Triton functions beside it, and its KIND in tiles.py; with a branch in loops.py, too, it is fast on
+CPUs.
 
 NaN and infinity are never hidden. A NaN makes its group's parameters NaN, so the whole group dequantizes to
 NaN; an infinity makes them infinite, and its group dequantizes to NaN and infinity only, but for the recipes
