@@ -637,7 +637,7 @@ def _put_values(rank, scale, aux, recipe, out):
 @_compiled
 def _put_nearest(x, scale, aux, short, recipe, position, rank, out):
     """The value of each weight's rank."""
-    if recipe.kind == SYMMETRIC:  # by way of no rank: a fifth faster
+    if recipe.kind == SYMMETRIC:  # not by way of its rank, which would be two conversions more
         _put_symmetric_numbers(x, scale, recipe.rule, recipe.mode, out)
         _scale_groups(out, scale)
         _round_row(out, recipe.mode)
