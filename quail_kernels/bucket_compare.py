@@ -356,7 +356,7 @@ def _bucket_compare_fwd_kernel(
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
         row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
         addresses = tile_addresses(
             row,
@@ -371,7 +371,7 @@ def _bucket_compare_fwd_kernel(
             BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        x = in_parts(tl.load(before_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+        x = in_parts(tl.load(before_ptr + addresses, mask=row_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         addresses = tile_addresses(
             row,
             offsets,
@@ -385,7 +385,7 @@ def _bucket_compare_fwd_kernel(
             BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        y = in_parts(tl.load(after_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+        y = in_parts(tl.load(after_ptr + addresses, mask=row_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         if PER_TENSOR:
             scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
             y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
@@ -439,7 +439,7 @@ def _bucket_compare_fwd_kernel(
     packed = tl.sum(low.to(tl.int64) | ((flags >> 16).to(tl.int64) << 32), axis=0)
     for i in tl.static_range(3):
         tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
-    tl.store(counts_ptr + 3, tl.sum(zero_groups.reshape(BLOCK_GROUPS), axis=0))
+    tl.store(counts_ptr + 3, tl.sum(tl.sum(tl.sum(zero_groups, axis=2), axis=1), axis=0))
     for part in tl.static_range(4):
         distances = odd_distances if part % 2 else even_distances
         packed = tl.sum((distances >> (4 * (part - part % 2))) & 0x00FF00FF00FF00FF, axis=0)

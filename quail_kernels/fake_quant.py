@@ -127,7 +127,7 @@ def _fake_quant_fwd_kernel(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         row,
@@ -142,7 +142,7 @@ def _fake_quant_fwd_kernel(
         BLOCK_GROUPS,
         BLOCK_PARTS,
     )
-    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -193,7 +193,7 @@ def _quantize_fwd_kernel(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
     row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
         row,
@@ -208,7 +208,7 @@ def _quantize_fwd_kernel(
         BLOCK_GROUPS,
         BLOCK_PARTS,
     )
-    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:

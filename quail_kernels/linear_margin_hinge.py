@@ -168,16 +168,16 @@ def _epilogue_fwd_kernel(
     top = tl.full([BLOCK_V], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, n_vocab, BLOCK_V):
-        v = start + lanes.to(tl.int64)
+        v = start + lanes
         # Rows are padded to a multiple of 16: a mask that ends there keeps accesses 128 bits wide for any vocabulary.
-        z = tl.load(z_ptr + v, mask=v < stride_zt, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + v.to(tl.int64), mask=v < stride_zt, other=0.0).to(tl.float32)
         if HAS_SCALE or HAS_SOFTCAP:
             if HAS_SOFTCAP:
                 z = softcap * _tile_tanh(z * (logit_scale / softcap))
             else:
                 z *= logit_scale
             stored = z.to(z_ptr.dtype.element_ty)
-            tl.store(z_ptr + v, stored, mask=v < stride_zt)
+            tl.store(z_ptr + v.to(tl.int64), stored, mask=v < stride_zt)
             z = stored.to(tl.float32)
         if HAS_LSE:
             z = tl.where(v < n_vocab, z, float("-inf"))

@@ -126,12 +126,6 @@ def tile_groups(tile, BLOCK_GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _row_column(GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Places in a group, [rows, PART]: the first parts of all groups, then the second."""
-    return tl.arange(0, PARTS * BLOCK_GROUPS)[:, None] // BLOCK_GROUPS * PART + tl.arange(0, PART)[None, :]
-
-
-@triton.jit
 def tile_offsets(
     tile,
     n,
@@ -147,8 +141,11 @@ def tile_offsets(
 
     FULL: every tile is full of weights, and the compiler drops the mask.
     """
-    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_PARTS * BLOCK_GROUPS)[:, None] % BLOCK_GROUPS
-    column = _row_column(GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS, BLOCK_PARTS)
+    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
+    lanes = tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)
+    row = lanes // PART
+    group = tile * BLOCK_GROUPS + row % BLOCK_GROUPS
+    column = row // BLOCK_GROUPS * PART + lanes % PART
     offsets = group * GROUP_SIZE + column
     if FULL:
         mask = tl.full(offsets.shape, 1, tl.int1)
@@ -158,17 +155,17 @@ def tile_offsets(
 
 
 @triton.jit
-def in_parts(x, BLOCK_PARTS: tl.constexpr):
-    return x.reshape(BLOCK_PARTS, x.shape[0] // BLOCK_PARTS, x.shape[1])
+def in_parts(x, BLOCK_GROUPS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    return x.reshape(BLOCK_PARTS, BLOCK_GROUPS, x.shape[0] // BLOCK_GROUPS // BLOCK_PARTS)
 
 
 @triton.jit
-def tile_mask(mask, FULL: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+def tile_mask(mask, FULL: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """The mask of ``tile_offsets`` in the shape of the tile."""
     if FULL:
-        mask = tl.full((BLOCK_PARTS, mask.shape[0] // BLOCK_PARTS, mask.shape[1]), 1, tl.int1)
+        mask = tl.full((BLOCK_PARTS, BLOCK_GROUPS, mask.shape[0] // BLOCK_GROUPS // BLOCK_PARTS), 1, tl.int1)
     else:
-        mask = in_parts(mask, BLOCK_PARTS)
+        mask = in_parts(mask, BLOCK_GROUPS, BLOCK_PARTS)
     return mask
 
 
@@ -200,7 +197,9 @@ def tile_addresses(
             groups_in_row = size_2 // GROUP_SIZE
             row = group // groups_in_row
             column = group % groups_in_row * GROUP_SIZE
-            column += _row_column(GROUP_SIZE, BLOCK_GROUPS, offsets.shape[1], BLOCK_PARTS)
+            PART: tl.constexpr = offsets.shape[0] // BLOCK_GROUPS // BLOCK_PARTS
+            lanes = tl.arange(0, offsets.shape[0])
+            column += lanes // (BLOCK_GROUPS * PART) * PART + lanes % PART
         else:
             row = offsets // size_2
             column = offsets % size_2
