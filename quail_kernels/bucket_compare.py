@@ -355,11 +355,11 @@ def _bucket_compare_fwd_kernel(
     smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
-        row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
+        lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(lane_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
         addresses = tile_addresses(
-            row,
+            lane_group,
             offsets,
             before_stride_0,
             before_stride_1,
@@ -371,9 +371,10 @@ def _bucket_compare_fwd_kernel(
             BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        x = in_parts(tl.load(before_ptr + addresses, mask=row_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
+        x = tl.load(before_ptr + addresses, mask=lane_mask, other=0.0)
+        x = in_parts(x, BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         addresses = tile_addresses(
-            row,
+            lane_group,
             offsets,
             after_stride_0,
             after_stride_1,
@@ -385,7 +386,8 @@ def _bucket_compare_fwd_kernel(
             BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        y = in_parts(tl.load(after_ptr + addresses, mask=row_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
+        y = tl.load(after_ptr + addresses, mask=lane_mask, other=0.0)
+        y = in_parts(y, BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         if PER_TENSOR:
             scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
             y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)

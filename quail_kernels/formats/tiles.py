@@ -135,9 +135,12 @@ def tile_offsets(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """(group numbers [rows, 1], offsets of their weights and mask [rows, BLOCK_SIZE // BLOCK_PARTS]); int64, with a row
-    for a part of a group. ``in_parts`` makes the tile of what is loaded: compilers differ in how they lay out three
-    dimensions.
+    """(group numbers, offsets of their weights, mask), one for each weight of the tile; int64. The first parts of all
+    groups come first, then the second. ``in_parts`` makes the tile of what is loaded.
+
+    Weights are loaded in one dimension, and so are tables (``entry_at``): a compiler picks the layout of a load by how
+    it orders the dimensions, and Triton 3.6 orders those of a table's entries the other way round than those of weights
+    and takes every one of them through shared memory.
 
     FULL: every tile is full of weights, and the compiler drops the mask.
     """

@@ -258,7 +258,7 @@ def _accesses_in_ptx(ptx: str, pointers: list[str | None], threads: int) -> tupl
         param = re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line)
         if param and int(param.group(2)) < len(pointers) and pointers[int(param.group(2))]:
             arguments[param.group(1)] = pointers[int(param.group(2))]
-        elif result := re.match(r"\s+(add|sub|mov|cvta|mad|selp)\.\S+\s+(%\w+),(.*);", line):
+        elif result := re.match(r"\s+(add|sub|mov|cvta|mad|selp|and(?=\.b64))\.\S+\s+(%\w+),(.*);", line):
             # What only moves an address by a number, as a distance to the next boundary, is not its origin.
             operands = re.findall(r"%\w+", result.group(3))
             kept = operands[-1:] if result.group(1) == "mad" else operands
@@ -287,6 +287,9 @@ def _accesses_in_llvm(llvm: str, pointers: list[str | None], threads: int) -> tu
         elif plain:
             kind, _, vector, element, address = plain.groups()
             found.append((kind, int(vector or 1) * _LLVM_BITS[element], address))
+        elif result := re.match(r"\s+(%\w+) = (?:inttoptr|add|and)\b[a-z ]* i64 (%\w+)\b(?!, %)", line):
+            # An address that is rounded up to a boundary.
+            sources.setdefault(result.group(1), set()).add(result.group(2))
         elif result := re.match(r"\s+(%\w+) = .*?\bptr addrspace\(\d\) (.*)", line):
             is_phi = " phi " in line
             operands = re.findall(r"%\w+" if is_phi else r"^%\w+|(?<=\) )%\w+", result.group(2))
