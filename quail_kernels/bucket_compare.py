@@ -353,11 +353,19 @@ def _bucket_compare_fwd_kernel(
     top = tl.zeros([CHUNKS], tl.float32)
     zero_groups = tl.zeros([1, BLOCK_GROUPS, 1], tl.int32)
     smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
-    for step_of_program in range(n_steps):
-        tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
+    groups_in_tile = tl.arange(0, BLOCK_GROUPS)[None, :, None]
+    first_tile = tl.program_id(0).to(tl.int64) * n_steps
+    # Under FULL nothing masks what would lie beyond the last tile.
+    tiles = (n - 1) // (BLOCK_GROUPS * GROUP_SIZE) + 1
+    for step_of_program in range(tl.minimum(n_steps, tiles - first_tile).to(tl.int32)):
+        tile = first_tile + step_of_program
         lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
         group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(lane_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
+        if FULL:
+            is_group = tl.full(groups_in_tile.shape, 1, tl.int1)
+        else:
+            is_group = group * GROUP_SIZE < n
         addresses = tile_addresses(
             lane_group,
             offsets,
@@ -399,7 +407,7 @@ def _bucket_compare_fwd_kernel(
             else:
                 of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
                 y_scale, y_aux, y_is_zero = tile_fit(y, mask, short, of_after, dtype, KIND, RULE, HAS_SHORT)
-            zero_groups += tl.where(is_zero & y_is_zero & (group * GROUP_SIZE < n), 1, 0)
+            zero_groups += tl.where(is_zero & y_is_zero & is_group, 1, 0)
         pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
         y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT, not SHARED_SCALES)
 
@@ -434,7 +442,7 @@ def _bucket_compare_fwd_kernel(
         if PER_GROUP:
             same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=0, keep_dims=True)
             same = tl.sum(same, axis=2, keep_dims=True)
-            tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
+            tl.store(row_same_ptr + tile * BLOCK_GROUPS + groups_in_tile, same, mask=is_group)
 
     counts_ptr += tl.program_id(0).to(tl.int64) * 20
     low = (flags & 0xFF) | ((flags & 0xFF00) << 8)

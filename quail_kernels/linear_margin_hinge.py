@@ -153,8 +153,8 @@ def _epilogue_fwd_kernel(
 ):
     """A token a program. One read of each logit, and with a scale or a softcap one write.
 
-    On sm_90, Triton 3.7, about 21 instructions (epilogue_fwd bf16) for the normalizer alone, and with a softcap about
-    41 instructions (epilogue_fwd softcap bf16). An H100 has time for 18 in 2 bytes and for 35 in 4 bytes (132
+    On sm_90, Triton 3.7, about 20 instructions (epilogue_fwd bf16) for the normalizer alone, and with a softcap about
+    40 instructions (epilogue_fwd softcap bf16). An H100 has time for 18 in 2 bytes and for 35 in 4 bytes (132
     multiprocessors, 4 warp instructions a cycle, 1.755 GHz, 3.35 TB/s).
     """
     row = tl.program_id(0).to(tl.int64)
@@ -168,7 +168,7 @@ def _epilogue_fwd_kernel(
     top = tl.full([BLOCK_V], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, n_vocab, BLOCK_V):
-        v = start + lanes
+        v = start + lanes  # to compare in int64 costs registers, and on sm_100 spilled one
         # Rows are padded to a multiple of 16: a mask that ends there keeps accesses 128 bits wide for any vocabulary.
         z = tl.load(z_ptr + v.to(tl.int64), mask=v < stride_zt, other=0.0).to(tl.float32)
         if HAS_SCALE or HAS_SOFTCAP:
