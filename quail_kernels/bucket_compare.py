@@ -513,7 +513,7 @@ def _bucket_compare_triton(
             PER_GROUP=per_group,
             **constants,
             # Two weights, two grids and five counters are alive at once: more would spill registers.
-            **launch_options(constants, weights_per_thread=16 if constants["BLOCK_PARTS"] > 1 else 8),
+            **launch_options(constants, 16 if constants["BLOCK_PARTS"] > 1 else 8, 12 if per_group else None),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()

@@ -113,10 +113,15 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
     }
 
 
-def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
+def launch_options(constants: dict, weights_per_thread: int = 16, resident_warps: int | None = None) -> dict:
+    """``resident_warps`` lets a thread have as many registers as leave room for so many warps. Without it ptxas makes a
+    guess at the best number of warps, for which it may spill a register; AMD's compiler has no such option."""
     warps = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"] // (32 * weights_per_thread)
     # A fused multiply-add rounds once where the recipes round twice, and moves weights across thresholds.
-    return {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
+    options = {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
+    if resident_warps is not None and torch.version.hip is None:
+        options["maxnreg"] = 65536 // (32 * max(options["num_warps"], resident_warps)) // 8 * 8
+    return options
 
 
 @triton.jit

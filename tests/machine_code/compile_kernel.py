@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_OPTIONS = ("num_warps", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
+_OPTIONS_OF_NVIDIA = ("maxnreg",)
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -110,7 +111,7 @@ def note_launch(module: str, kernel: str, call) -> Launch:
         call()
     finally:
         setattr(module, kernel, jitted)
-    options = {name: noted.pop(name) for name in _OPTIONS}
+    options = {name: noted.pop(name) for name in _OPTIONS if name in noted}
     if sorted(noted) != sorted(jitted.arg_names):
         raise ValueError(f"{kernel}: expected a launch with {sorted(jitted.arg_names)}; got {sorted(noted)}")
     return Launch(jitted, noted, options)
@@ -120,7 +121,12 @@ def compile_launch(launch: Launch, target: str) -> Code:
     gpu = TARGETS[target].gpu
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        compiled = triton.compile(_source(launch, gpu.backend), target=gpu, options=launch.options)
+        options = {
+            name: value
+            for name, value in launch.options.items()
+            if gpu.backend == "cuda" or name not in _OPTIONS_OF_NVIDIA
+        }
+        compiled = triton.compile(_source(launch, gpu.backend), target=gpu, options=options)
     return (_read_amd if gpu.backend == "hip" else _read_nvidia)(compiled, launch, TARGETS[target])
 
 
