@@ -354,11 +354,8 @@ def _bucket_compare_fwd_kernel(
     zero_groups = tl.zeros([1, BLOCK_GROUPS, 1], tl.int32)
     smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     groups_in_tile = tl.arange(0, BLOCK_GROUPS)[None, :, None]
-    first_tile = tl.program_id(0).to(tl.int64) * n_steps
-    # Under FULL nothing masks what would lie beyond the last tile.
-    tiles = (n - 1) // (BLOCK_GROUPS * GROUP_SIZE) + 1
-    for step_of_program in range(tl.minimum(n_steps, tiles - first_tile).to(tl.int32)):
-        tile = first_tile + step_of_program
+    for step_of_program in range(n_steps):
+        tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
         lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
         group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(lane_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
@@ -482,6 +479,9 @@ def _bucket_compare_triton(
     # Enough programs for every multiprocessor to hold several; beyond that, tiles share the reductions of one.
     in_a_tile = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"]
     steps = min(max(tiles // _PROGRAMS, 1), _STEPS, 65535 // in_a_tile)
+    if constants["FULL"]:
+        # Nothing masks what would lie beyond the last tile.
+        steps = next(divisor for divisor in range(steps, 0, -1) if tiles % divisor == 0)
     programs = -(-tiles // steps)
     counts = torch.empty(programs, len(_COUNTS) + BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
