@@ -377,13 +377,18 @@ def _bucket_compare_fwd_kernel(
     top = tl.zeros([CHUNKS], tl.float32)
     zero_groups = tl.zeros([1, BLOCK_GROUPS, 1], tl.int32)
     smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
+    groups_in_tile = tl.arange(0, BLOCK_GROUPS)[None, :, None]
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
-        row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+        lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+        group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(lane_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
         short = (group + 1) * GROUP_SIZE > n
+        if FULL:
+            is_group = tl.full(groups_in_tile.shape, 1, tl.int1)
+        else:
+            is_group = group * GROUP_SIZE < n
         addresses = tile_addresses(
-            row,
+            lane_group,
             offsets,
             before_stride_0,
             before_stride_1,
@@ -395,9 +400,10 @@ def _bucket_compare_fwd_kernel(
             BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        x = in_parts(tl.load(before_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+        x = tl.load(before_ptr + addresses, mask=lane_mask, other=0.0)
+        x = in_parts(x, BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         addresses = tile_addresses(
-            row,
+            lane_group,
             offsets,
             after_stride_0,
             after_stride_1,
@@ -409,7 +415,8 @@ def _bucket_compare_fwd_kernel(
             BLOCK_GROUPS,
             BLOCK_PARTS,
         )
-        y = in_parts(tl.load(after_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+        y = tl.load(after_ptr + addresses, mask=lane_mask, other=0.0)
+        y = in_parts(y, BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         if PER_TENSOR:
             scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
             y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
@@ -421,7 +428,7 @@ def _bucket_compare_fwd_kernel(
             else:
                 of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
                 y_scale, y_aux, y_is_zero = tile_fit(y, mask, short, of_after, dtype, KIND, RULE, HAS_SHORT)
-            zero_groups += tl.where(is_zero & y_is_zero & (group * GROUP_SIZE < n), 1, 0)
+            zero_groups += tl.where(is_zero & y_is_zero & is_group, 1, 0)
         pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
         y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT, not SHARED_SCALES)
 
@@ -456,14 +463,14 @@ def _bucket_compare_fwd_kernel(
         if PER_GROUP:
             same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=0, keep_dims=True)
             same = tl.sum(same, axis=2, keep_dims=True)
-            tl.store(row_same_ptr + group, same, mask=group * GROUP_SIZE < n)
+            tl.store(row_same_ptr + tile * BLOCK_GROUPS + groups_in_tile, same, mask=is_group)
 
     counts_ptr += tl.program_id(0).to(tl.int64) * 20
     low = (flags & 0xFF) | ((flags & 0xFF00) << 8)
     packed = tl.sum(low.to(tl.int64) | ((flags >> 16).to(tl.int64) << 32), axis=0)
     for i in tl.static_range(3):
         tl.store(counts_ptr + i, ((packed >> (16 * i)) & 0xFFFF).to(tl.int32))
-    tl.store(counts_ptr + 3, tl.sum(zero_groups.reshape(BLOCK_GROUPS), axis=0))
+    tl.store(counts_ptr + 3, tl.sum(tl.sum(tl.sum(zero_groups, axis=2), axis=1), axis=0))
     for part in tl.static_range(4):
         distances = odd_distances if part % 2 else even_distances
         packed = tl.sum((distances >> (4 * (part - part % 2))) & 0x00FF00FF00FF00FF, axis=0)
@@ -496,6 +503,9 @@ def _bucket_compare_triton(
     # Enough programs for every multiprocessor to hold several; beyond that, tiles share the reductions of one.
     in_a_tile = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"]
     steps = min(max(tiles // _PROGRAMS, 1), _STEPS, 65535 // in_a_tile)
+    if constants["FULL"]:
+        # Nothing masks what would lie beyond the last tile.
+        steps = next(divisor for divisor in range(steps, 0, -1) if tiles % divisor == 0)
     programs = -(-tiles // steps)
     counts = torch.empty(programs, len(_COUNTS) + BINS, dtype=torch.int32, device=device)
     sums = torch.empty(programs, 3, dtype=torch.float32, device=device)
@@ -527,7 +537,7 @@ def _bucket_compare_triton(
             PER_GROUP=per_group,
             **constants,
             # Two weights, two grids and five counters are alive at once: more would spill registers.
-            **launch_options(constants, weights_per_thread=16 if constants["BLOCK_PARTS"] > 1 else 8),
+            **launch_options(constants, 16 if constants["BLOCK_PARTS"] > 1 else 8, 12 if per_group else None),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()

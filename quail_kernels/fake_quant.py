@@ -182,11 +182,11 @@ def _fake_quant_fwd_kernel(
     """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
-    row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+    lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(lane_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
-        row,
+        lane_group,
         offsets,
         w_stride_0,
         w_stride_1,
@@ -198,7 +198,7 @@ def _fake_quant_fwd_kernel(
         BLOCK_GROUPS,
         BLOCK_PARTS,
     )
-    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+    x = in_parts(tl.load(w_ptr + addresses, mask=lane_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -206,7 +206,7 @@ def _fake_quant_fwd_kernel(
         scale, aux, _ = tile_fit(x, mask, short, of_tensor, dtype, KIND, RULE, HAS_SHORT)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
     w_q = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS)
-    tl.store(w_q_ptr + offsets, w_q.to(dtype).reshape(offsets.shape), mask=row_mask)
+    tl.store(w_q_ptr + offsets, w_q.to(dtype).reshape(offsets.shape), mask=lane_mask)
 
 
 @triton.jit
@@ -248,11 +248,11 @@ def _quantize_fwd_kernel(
     """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
-    row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
-    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(row_mask, FULL, BLOCK_PARTS)
+    lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+    group, mask = tile_groups(tile, BLOCK_GROUPS), tile_mask(lane_mask, FULL, BLOCK_GROUPS, BLOCK_PARTS)
     short = (group + 1) * GROUP_SIZE > n
     addresses = tile_addresses(
-        row,
+        lane_group,
         offsets,
         w_stride_0,
         w_stride_1,
@@ -264,7 +264,7 @@ def _quantize_fwd_kernel(
         BLOCK_GROUPS,
         BLOCK_PARTS,
     )
-    x = in_parts(tl.load(w_ptr + addresses, mask=row_mask, other=0.0), BLOCK_PARTS).to(tl.float32)
+    x = in_parts(tl.load(w_ptr + addresses, mask=lane_mask, other=0.0), BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
     if PER_TENSOR:
         scale, aux = tl.load(of_tensor_ptr), tl.load(of_tensor_ptr + 1)
     else:
@@ -311,7 +311,7 @@ def _dequantize_fwd_kernel(
     On sm_90 about 13 instructions (dequantize bnb-nf4 bf16), about 12 instructions (dequantize ct-int4-sym bf16).
     """
     tile = tl.program_id(0).to(tl.int64)
-    row, offsets, row_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
+    lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
     group = tile_groups(tile, BLOCK_GROUPS)
     pair = tl.arange(0, BLOCK_SIZE // 2)[None, None, :]
     pairs = group * (GROUP_SIZE // 2) + pair
@@ -328,7 +328,7 @@ def _dequantize_fwd_kernel(
     w_q = tile_scaled(level, scale.to(tl.float32), aux, KIND)
     if KIND == "symmetric" or KIND == "zero_point" or KIND == "zero_point_fp16":
         w_q = w_q.to(scale.dtype)
-    tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty).reshape(offsets.shape), mask=row_mask)
+    tl.store(w_q_ptr + offsets, w_q.to(w_q_ptr.dtype.element_ty).reshape(offsets.shape), mask=lane_mask)
 
 
 def _programs(n: int, constants: dict) -> tuple[int]:

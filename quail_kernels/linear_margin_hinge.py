@@ -153,8 +153,8 @@ def _epilogue_fwd_kernel(
 ):
     """A token a program. One read of each logit, and with a scale or a softcap one write.
 
-    On sm_90, Triton 3.7, about 21 instructions (epilogue_fwd bf16) for the normalizer alone, and with a softcap about
-    41 instructions (epilogue_fwd softcap bf16). An H100 has time for 18 in 2 bytes and for 35 in 4 bytes (132
+    On sm_90, Triton 3.7, about 20 instructions (epilogue_fwd bf16) for the normalizer alone, and with a softcap about
+    40 instructions (epilogue_fwd softcap bf16). An H100 has time for 18 in 2 bytes and for 35 in 4 bytes (132
     multiprocessors, 4 warp instructions a cycle, 1.755 GHz, 3.35 TB/s).
     """
     row = tl.program_id(0).to(tl.int64)
@@ -168,16 +168,16 @@ def _epilogue_fwd_kernel(
     top = tl.full([BLOCK_V], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, n_vocab, BLOCK_V):
-        v = start + lanes.to(tl.int64)
+        v = start + lanes  # to compare in int64 costs registers, and on sm_100 spilled one
         # Rows are padded to a multiple of 16: a mask that ends there keeps accesses 128 bits wide for any vocabulary.
-        z = tl.load(z_ptr + v, mask=v < stride_zt, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + v.to(tl.int64), mask=v < stride_zt, other=0.0).to(tl.float32)
         if HAS_SCALE or HAS_SOFTCAP:
             if HAS_SOFTCAP:
                 z = softcap * _tile_tanh(z * (logit_scale / softcap))
             else:
                 z *= logit_scale
             stored = z.to(z_ptr.dtype.element_ty)
-            tl.store(z_ptr + v, stored, mask=v < stride_zt)
+            tl.store(z_ptr + v.to(tl.int64), stored, mask=v < stride_zt)
             z = stored.to(tl.float32)
         if HAS_LSE:
             z = tl.where(v < n_vocab, z, float("-inf"))
@@ -348,13 +348,15 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def _blocks(n: int, vocab: int, chunk_tokens: int) -> list[slice]:
+def _blocks(n: int, vocab: int, chunk_tokens: int, itemsize: int) -> list[slice]:
     """Of the vocabulary, whose gradients for all ``n`` tokens are computed together.
 
-    A quarter of the logits that the forward pass holds, as dL/dW is in memory beside them now; but no slivers of the
+    A quarter of the logits that the forward pass holds, as dL/dW is in memory beside them now, and in fp32, where that
+    is twice as large and products take so long that to add up dL/dx does not show, a sixteenth; but no slivers of the
     vocabulary where there are very many tokens.
     """
-    width = max(-(-vocab * chunk_tokens // (4 * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
+    share = 4 if itemsize < 4 else 16
+    width = max(-(-vocab * chunk_tokens // (share * max(n, 1))), min(_MIN_VOCAB_BLOCK, chunk_tokens))
     return _slices(vocab, -(-width // _PAD) * _PAD)
 
 
@@ -387,7 +389,7 @@ def _forward(
     shape = (ignore_index, logit_scale, softcap)
     # In the space of log-probabilities the hinge needs the normalizers itself.
     of_hinge = space == "log_probs" and logit_scale == 1 and softcap is None
-    blocks = _blocks(n, vocab, chunk_tokens) if norm == "linf" else []
+    blocks = _blocks(n, vocab, chunk_tokens, hidden.element_size()) if norm == "linf" else []
     tiles = [_buffer(min(chunk_tokens, n), blocks[0].stop, like) for like in (hidden, ref_hidden) if blocks]
     for rows in _slices(n, chunk_tokens):
         targets = labels[rows]
@@ -450,9 +452,12 @@ def _backward_of_blocks(
     n, vocab = labels.numel(), weight.shape[0]
     need_hidden, need_weight, need_bias = needed
     kept = labels != ignore_index
-    # Padding may hold NaN, which a gradient of 0 does not silence in a product.
-    counted = hidden.where(kept[:, None], 0) if need_weight else None
-    blocks = _blocks(n, vocab, chunk_tokens)
+    counted = hidden
+    # On a GPU, to ask whether every token is kept would synchronise.
+    if need_weight and not (kept.is_cpu and kept.all()):
+        # Padding may hold NaN, which a gradient of 0 does not silence in a product.
+        counted = hidden.where(kept[:, None], 0)
+    blocks = _blocks(n, vocab, chunk_tokens, hidden.element_size())
     sums = {"dtype": hidden.dtype if len(blocks) == 1 else _arithmetic_dtype(hidden), "device": hidden.device}
     grad_hidden = torch.zeros(hidden.shape if need_hidden else (0,), **sums)
     grad_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device)

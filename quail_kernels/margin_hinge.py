@@ -269,9 +269,15 @@ def _row_body(row_ptr, n_vocab, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _from_body(row_ptr, head, stride, ALIGNED: tl.constexpr):
-    row_ptr += head * stride
-    return tl.multiple_of(row_ptr, 16) if ALIGNED else row_ptr
+def _from_body(row_ptr, head, stride, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+    if ALIGNED:
+        # The address rounded up, which is head further on: for AMD, Triton would make one offset of head and what
+        # follows, and know no divisor of it.
+        unit: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8 * WIDTH
+        row_ptr = tl.multiple_of(((row_ptr.to(tl.int64) + (unit - 1)) & -unit).to(row_ptr.dtype), 16)
+    else:
+        row_ptr += head * stride
+    return row_ptr
 
 
 @triton.jit
@@ -384,8 +390,8 @@ def _margin_hinge_fwd_kernel(
     z_ptr += (row // n_tokens) * stride_zb + (row % n_tokens) * stride_zt
     ref_ptr += (row // n_tokens) * stride_rb + (row % n_tokens) * stride_rt
     head, body = _row_body(z_ptr, n_vocab, ALIGNED, WIDTH)
-    z_ptr = _from_body(z_ptr, head, stride_zv, ALIGNED)
-    ref_ptr = _from_body(ref_ptr, head, stride_rv, ALIGNED)
+    z_ptr = _from_body(z_ptr, head, stride_zv, ALIGNED, WIDTH)
+    ref_ptr = _from_body(ref_ptr, head, stride_rv, ALIGNED, WIDTH)
 
     chunk = tl.arange(0, BLOCK_V // WIDTH)
     lanes = chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -574,9 +580,9 @@ def _margin_hinge_bwd_kernel(
     z_ptr += (row // n_tokens) * stride_zb + (row % n_tokens) * stride_zt
     ref_ptr += (row // n_tokens) * stride_rb + (row % n_tokens) * stride_rt
     head, body = _row_body(z_ptr, n_vocab, ALIGNED, WIDTH)
-    out_ptr = _from_body(out_ptr, head, stride_ov, ALIGNED)
-    z_ptr = _from_body(z_ptr, head, stride_zv, ALIGNED)
-    ref_ptr = _from_body(ref_ptr, head, stride_rv, ALIGNED)
+    out_ptr = _from_body(out_ptr, head, stride_ov, ALIGNED, WIDTH)
+    z_ptr = _from_body(z_ptr, head, stride_zv, ALIGNED, WIDTH)
+    ref_ptr = _from_body(ref_ptr, head, stride_rv, ALIGNED, WIDTH)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = v < body
     edge_v, edge_mask = _edge_lanes(tl.arange(0, 2 * WIDTH), head, body, n_vocab, WIDTH)

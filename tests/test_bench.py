@@ -514,6 +514,7 @@ def test_memory_of_a_small_step(tmp_path, capsys):
         assert eager["step_bytes"] >= eager["forward_bytes"] > 2 * logits, "logits of both models, and their difference"
         assert 0 < quail["forward_bytes"] <= quail["step_bytes"] < eager["step_bytes"]
         assert row["share"] == quail["step_bytes"] / eager["step_bytes"]
+        assert 0 < row["least_share"] == eager["gradient_bytes"] / eager["step_bytes"] < row["share"]
 
 
 def test_memory_row_judges_both_paths():
@@ -523,6 +524,7 @@ def test_memory_row_judges_both_paths():
     assert (row["outcome"], row["share"], row["share_without_gradients"]) == ("measured", 0.185, 0.1), (
         "before the gradients 90, after 85"
     )
+    assert row["least_share"] == 0.1
     apart = memory.judge({"eager": eager, "quail": quail | {"loss": 0.6}})
     assert (apart["outcome"], apart["reason"]) == ("failed", "losses differ: 0.5 and 0.6")
     assert memory.judge({"eager": eager, "quail": quail | {"loss": float("nan")}})["outcome"] == "failed"

@@ -248,9 +248,9 @@ def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr, OWN: tl.constex
 
 @triton.jit
 def entry_at(table_ptr, index):
-    """In two dimensions, as the weights were loaded: then the compiler keeps one layout for both."""
-    rows = index.reshape(index.shape[0] * index.shape[1], index.shape[2])
-    return tl.load(table_ptr + rows).reshape(index.shape)
+    """In one dimension, as the weights were loaded: then the compiler keeps one layout for both."""
+    flat = index.reshape(index.shape[0] * index.shape[1] * index.shape[2])
+    return tl.load(table_ptr + flat).reshape(index.shape)
 
 
 @triton.jit

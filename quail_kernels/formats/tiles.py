@@ -113,22 +113,21 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
     }
 
 
-def launch_options(constants: dict, weights_per_thread: int = 16) -> dict:
+def launch_options(constants: dict, weights_per_thread: int = 16, resident_warps: int | None = None) -> dict:
+    """``resident_warps`` lets a thread have as many registers as leave room for so many warps. Without it ptxas makes a
+    guess at the best number of warps, for which it may spill a register; AMD's compiler has no such option."""
     warps = constants["BLOCK_GROUPS"] * constants["BLOCK_SIZE"] // (32 * weights_per_thread)
     # A fused multiply-add rounds once where the recipes round twice, and moves weights across thresholds.
-    return {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
+    options = {"num_warps": min(max(warps, 4), 16), "enable_fp_fusion": False}
+    if resident_warps is not None and torch.version.hip is None:
+        options["maxnreg"] = 65536 // (32 * max(options["num_warps"], resident_warps)) // 8 * 8
+    return options
 
 
 @triton.jit
 def tile_groups(tile, BLOCK_GROUPS: tl.constexpr):
     """Group numbers [1, BLOCK_GROUPS, 1], int64."""
     return tile * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[None, :, None]
-
-
-@triton.jit
-def _row_column(GROUP_SIZE: tl.constexpr, BLOCK_GROUPS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Places in a group, [rows, PART]: the first parts of all groups, then the second."""
-    return tl.arange(0, PARTS * BLOCK_GROUPS)[:, None] // BLOCK_GROUPS * PART + tl.arange(0, PART)[None, :]
 
 
 @triton.jit
@@ -141,14 +140,20 @@ def tile_offsets(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """(group numbers [rows, 1], offsets of their weights and mask [rows, BLOCK_SIZE // BLOCK_PARTS]); int64, with a row
-    for a part of a group. ``in_parts`` makes the tile of what is loaded: compilers differ in how they lay out three
-    dimensions.
+    """(group numbers, offsets of their weights, mask), one for each weight of the tile; int64. The first parts of all
+    groups come first, then the second. ``in_parts`` makes the tile of what is loaded.
+
+    Weights are loaded in one dimension, and so are tables (``entry_at``): a compiler picks the layout of a load by how
+    it orders the dimensions, and Triton 3.6 orders those of a table's entries the other way round than those of weights
+    and takes every one of them through shared memory.
 
     FULL: every tile is full of weights, and the compiler drops the mask.
     """
-    group = tile * BLOCK_GROUPS + tl.arange(0, BLOCK_PARTS * BLOCK_GROUPS)[:, None] % BLOCK_GROUPS
-    column = _row_column(GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE // BLOCK_PARTS, BLOCK_PARTS)
+    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
+    lanes = tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE)
+    row = lanes // PART
+    group = tile * BLOCK_GROUPS + row % BLOCK_GROUPS
+    column = row // BLOCK_GROUPS * PART + lanes % PART
     offsets = group * GROUP_SIZE + column
     if FULL:
         mask = tl.full(offsets.shape, 1, tl.int1)
@@ -158,17 +163,17 @@ def tile_offsets(
 
 
 @triton.jit
-def in_parts(x, BLOCK_PARTS: tl.constexpr):
-    return x.reshape(BLOCK_PARTS, x.shape[0] // BLOCK_PARTS, x.shape[1])
+def in_parts(x, BLOCK_GROUPS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    return x.reshape(BLOCK_PARTS, BLOCK_GROUPS, x.shape[0] // BLOCK_GROUPS // BLOCK_PARTS)
 
 
 @triton.jit
-def tile_mask(mask, FULL: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+def tile_mask(mask, FULL: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """The mask of ``tile_offsets`` in the shape of the tile."""
     if FULL:
-        mask = tl.full((BLOCK_PARTS, mask.shape[0] // BLOCK_PARTS, mask.shape[1]), 1, tl.int1)
+        mask = tl.full((BLOCK_PARTS, BLOCK_GROUPS, mask.shape[0] // BLOCK_GROUPS // BLOCK_PARTS), 1, tl.int1)
     else:
-        mask = in_parts(mask, BLOCK_PARTS)
+        mask = in_parts(mask, BLOCK_GROUPS, BLOCK_PARTS)
     return mask
 
 
@@ -200,7 +205,9 @@ def tile_addresses(
             groups_in_row = size_2 // GROUP_SIZE
             row = group // groups_in_row
             column = group % groups_in_row * GROUP_SIZE
-            column += _row_column(GROUP_SIZE, BLOCK_GROUPS, offsets.shape[1], BLOCK_PARTS)
+            PART: tl.constexpr = offsets.shape[0] // BLOCK_GROUPS // BLOCK_PARTS
+            lanes = tl.arange(0, offsets.shape[0])
+            column += lanes // (BLOCK_GROUPS * PART) * PART + lanes % PART
         else:
             row = offsets // size_2
             column = offsets % size_2

@@ -170,6 +170,16 @@ def test_bucket_compare_of_several_tiles_a_program(format, shared, monkeypatch):
     assert_same_comparison(before, (before.float() + noise).bfloat16(), recipe, shared)
 
 
+@pytest.mark.parametrize("format", ["bnb-nf4", "ct-int4-sym", "mxfp4"])
+def test_bucket_compare_reads_nothing_beyond_the_last_tile(format, monkeypatch):
+    """Tiles that are full of weights have no mask, and five are no multiple of two."""
+    monkeypatch.setattr(bucket_compare, "_PROGRAMS", 2)
+    recipe = get_format(format)
+    both = torch.randn(2, 6 * TILE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before, after = both[:, : 5 * TILE].unbind()
+    assert_same_comparison(before, after, recipe, False)
+
+
 def test_bucket_compare_twice_gives_the_same_bits():
     before, after = torch.randn(2, 64, 768).unbind()
     runs = [bucket_compare._bucket_compare_triton(before, after, get_format("bnb-nf4"), False, True) for _ in range(2)]

@@ -202,14 +202,14 @@ def test_sums_over_many_terms_keep_their_precision(norm):
         differentiate(linear_logit_margin_hinge, arguments, {}, given, chunk_tokens=chunk, **options)[1]
         for chunk in (2**30, 2)
     ]
-    assert len(linear._blocks(256, 2048, 2)) == 128
+    assert len(linear._blocks(256, 2048, 2, 2)) == 128
     for many, one in zip(*runs, strict=True):
         assert (many - one).double().norm() <= 2**-8 * one.double().norm()
 
 
 def test_blocks_of_the_vocabulary_cover_it_once():
     for n, vocab, chunk in [(0, 50257, 1024), (1, 1, 1024), (4096, 128256, 1024), (4097, 50257, 1024), (5000, 2999, 1)]:
-        blocks = linear._blocks(n, vocab, chunk)
+        blocks = linear._blocks(n, vocab, chunk, 2)
         assert [v for block in blocks for v in range(vocab)[block]] == list(range(vocab))
         assert all(block.start % 16 == 0 for block in blocks)
         assert n * blocks[0].stop <= max(n * 1024, chunk * vocab)
@@ -224,7 +224,7 @@ def test_the_farthest_logits_are_found_again(space, dtype, shape, tokens, vocab,
     *arguments, biases = models(tokens, vocab=vocab, features=96, dtype=dtype, bias=shape is SHAPED)
     arguments[-1] = arguments[-1].clamp(min=0)
     options = dict(margin=1e3, norm="linf", space=space, reduction="none", chunk_tokens=chunk, **shape)
-    assert len(linear._blocks(tokens, vocab, chunk)) > 1
+    assert len(linear._blocks(tokens, vocab, chunk, dtype.itemsize)) > 1
     ones = (torch.ones(tokens), None)
     _, (of_hidden, *_) = differentiate(linear_logit_margin_hinge, arguments, biases, ones, **options)
     assert of_hidden.abs().amax(dim=1).min() > 1e-3

@@ -104,12 +104,13 @@ def _faults(case: Case, launch, code: Code, widths: dict[str, int]) -> list[str]
     if case.decides_codes:
         if code.inexact:
             faults.append(f"inexact {', '.join(code.inexact)}, expected the exact operation")
-        # What lies in parts beyond a group's end is no weight, and the compiler may see it.
-        expected = {
-            case.fused * lanes // code.threads for lanes in (case.lanes(launch.arguments), _lanes_in_use(launch))
-        }
-        if code.fused not in expected:
-            faults.append(f"{code.fused} fused multiply-adds, expected {max(expected)}")
+        # What lies in parts beyond a group's end is no weight; the compiler may leave it out, or, where it takes
+        # two at a time, some of it.
+        fewest, most = (
+            case.fused * lanes // code.threads for lanes in (_lanes_in_use(launch), case.lanes(launch.arguments))
+        )
+        if not fewest <= code.fused <= most:
+            faults.append(f"{code.fused} fused multiply-adds, expected {fewest} to {most}")
         if code.flushed:
             faults.append("subnormal numbers flushed to zero: a scale may be one")
     if case.half_even and code.cubin and "0f4B400000" not in code.text:

@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-_OPTIONS = ("num_warps", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
+_OPTIONS_OF_NVIDIA = ("maxnreg",)
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -110,7 +111,7 @@ def note_launch(module: str, kernel: str, call) -> Launch:
         call()
     finally:
         setattr(module, kernel, jitted)
-    options = {name: noted.pop(name) for name in _OPTIONS}
+    options = {name: noted.pop(name) for name in _OPTIONS if name in noted}
     if sorted(noted) != sorted(jitted.arg_names):
         raise ValueError(f"{kernel}: expected a launch with {sorted(jitted.arg_names)}; got {sorted(noted)}")
     return Launch(jitted, noted, options)
@@ -120,7 +121,12 @@ def compile_launch(launch: Launch, target: str) -> Code:
     gpu = TARGETS[target].gpu
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        compiled = triton.compile(_source(launch, gpu.backend), target=gpu, options=launch.options)
+        options = {
+            name: value
+            for name, value in launch.options.items()
+            if gpu.backend == "cuda" or name not in _OPTIONS_OF_NVIDIA
+        }
+        compiled = triton.compile(_source(launch, gpu.backend), target=gpu, options=options)
     return (_read_amd if gpu.backend == "hip" else _read_nvidia)(compiled, launch, TARGETS[target])
 
 
@@ -258,7 +264,7 @@ def _accesses_in_ptx(ptx: str, pointers: list[str | None], threads: int) -> tupl
         param = re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line)
         if param and int(param.group(2)) < len(pointers) and pointers[int(param.group(2))]:
             arguments[param.group(1)] = pointers[int(param.group(2))]
-        elif result := re.match(r"\s+(add|sub|mov|cvta|mad|selp)\.\S+\s+(%\w+),(.*);", line):
+        elif result := re.match(r"\s+(add|sub|mov|cvta|mad|selp|and(?=\.b64))\.\S+\s+(%\w+),(.*);", line):
             # What only moves an address by a number, as a distance to the next boundary, is not its origin.
             operands = re.findall(r"%\w+", result.group(3))
             kept = operands[-1:] if result.group(1) == "mad" else operands
@@ -287,6 +293,9 @@ def _accesses_in_llvm(llvm: str, pointers: list[str | None], threads: int) -> tu
         elif plain:
             kind, _, vector, element, address = plain.groups()
             found.append((kind, int(vector or 1) * _LLVM_BITS[element], address))
+        elif result := re.match(r"\s+(%\w+) = (?:inttoptr|add|and)\b[a-z ]* i64 (%\w+)\b(?!, %)", line):
+            # An address that is rounded up to a boundary.
+            sources.setdefault(result.group(1), set()).add(result.group(2))
         elif result := re.match(r"\s+(%\w+) = .*?\bptr addrspace\(\d\) (.*)", line):
             is_phi = " phi " in line
             operands = re.findall(r"%\w+" if is_phi else r"^%\w+|(?<=\) )%\w+", result.group(2))
