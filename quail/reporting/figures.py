@@ -35,7 +35,7 @@ LOSS = "nll"
 MISSING = "missing"
 
 _EXAMPLES = 3
-_HOLES = 6  # single combinations that did not run, named before they are only counted
+_HOLES = 6  # methods that lack something in a regime; more are only counted
 _FEWEST_CELLS = 5  # of a rank correlation: with fewer an interval tells nothing
 _ROUNDING = 1e-9  # a difference of two means that is 0.02 may be a little more in binary
 _ROW_KEYS = ("regime", "method", "seed", "quantizer", "half", "metrics", "examples")
@@ -254,10 +254,13 @@ class Run:
         regimes, total = self.regimes_run, len(self.methods_run)
         if not regimes:
             return "No method was run at a 4-bit quantizer yet, so there is no verdict."
-        several = {1: regimes[0].title, 2: "both regimes"}.get(len(regimes), f"all {len(regimes)} regimes")
-        where = several if len(regimes) == len(self.regimes) else f"{several} that ran" if len(regimes) > 1 else several
+        if len(regimes) < len(self.regimes):
+            titles = ", ".join(regime.title for regime in regimes)
+            where = f"{len(regimes)} of {len(self.regimes)} regimes ({titles})"
+        else:
+            where = {1: "the one regime", 2: "both regimes"}.get(len(regimes), f"all {len(regimes)} regimes")
         if not total:
-            return f"No method was run in {where}, so there is no verdict on all of them."
+            return f"No method was run in {where}, so there is no verdict over them."
         rule = (
             f"recovery under {LARGEST_RECOVERY:.0%} at every 4-bit quantizer, at most "
             f"{100 * LARGEST_RETAIN_LOSS:g} points of retain loss beyond the method in full precision"
@@ -286,9 +289,11 @@ class Run:
         holes = []
         for regime in started:
             for method in regime.methods:
-                if method.name in with_rows and (lacking := [s for s in self.seeds if s not in method.seeds]):
-                    seeds = f" with {_seeds(lacking)}" if method.seeds else ""
-                    holes.append(f"{method.name} in {regime.title}{seeds}")
+                scores = [each.score for each in method.deployments.values()]
+                made, planned = sum(len(score.seeds) for score in scores if score), len(scores) * len(self.seeds)
+                if method.name in with_rows and made < planned:
+                    some = f"{planned - made} of {planned} scores of " if made else ""
+                    holes.append(f"{some}{method.name} in {regime.title}")
         if holes:
             more = f" and {len(holes) - _HOLES} more" if len(holes) > _HOLES else ""
             parts.append(f"of the rest {'; '.join(holes[:_HOLES])}{more}")

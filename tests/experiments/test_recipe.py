@@ -50,7 +50,7 @@ def change(content, where, value):
 FAULTS = [
     ("sedes", [0], "sedes: expected one of"),
     ("task", "tofoo", "task: expected one of mide22-classification, "),
-    ("settings/retane", 3, "settings.retane: expected one of retain, "),
+    ("settings/retane", 3, "settings.retane: expected one of forget, retain, "),
     ("settings/split", "forget02", "settings.split: expected forget01, forget05 or forget10; got 'forget02'"),
     ("settings/max_length", "long", "settings.max_length: expected an integer; got 'long'"),
     ("learn/epochs", 0, "learn.epochs: expected a number above 0; got 0"),

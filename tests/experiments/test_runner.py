@@ -11,16 +11,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from quail import quantizers
 from quail.cli import main
 from quail.experiments import cells, runner, training
 from quail.experiments.recipe import find_recipe, load_recipe
 from quail.experiments.runner import plan, run
-from quail.experiments.tasks import TASKS
+from quail.experiments.tasks import TASKS, Mide22Classification
 from quail.reporting import read_run
 
 
@@ -236,7 +238,7 @@ def test_a_calibrated_quantizer_is_given_texts_of_nothing_that_is_forgotten_or_r
     names = ["none", "gptq:ct-int4-sym@64", "rtn:bnb-fp4"]
     recipe = load_recipe(write(quantizers=names, calibration={"texts": 5}, regimes=["16bit"], methods={"GA": {}}))
     run(recipe, out, say=lambda line: None)
-    assert {name for name, texts in given if texts is None} == {"none", "rtn:bnb-fp4"}
+    assert {name for name, texts in given if texts is None} == {"rtn:bnb-fp4"}  # of "none" the scores are there
     texts = [texts for _, texts in given if texts is not None]
     assert len(texts) == 2 and texts[0] == texts[1] and len(set(texts[0])) == 5
     rows = json.loads((write.data / "retain_perturbed.json").read_text())
@@ -317,7 +319,7 @@ def test_a_checkpoint_that_cannot_be_made_again_fails_what_needs_it(small, monke
     monkeypatch.setattr(training, "unlearn", failing)
     recipe = load_recipe(write(quantizers=["none", "rtn:bnb-nf4", "rtn:bnb-fp4"], regimes=["16bit"]))
     outcome = run(recipe, out, say=lambda line: None)
-    assert (outcome.done, outcome.planned, outcome.failed) == (13, 15, 2)
+    assert (outcome.done, outcome.planned, outcome.failed) == (11, 13, 2)
     (reason, _) = (failure["reason"] for failure in results(out)["failed"])
     assert reason == "unlearn seed 0 16bit GA+GDR (again, for its checkpoint): peft: expected it installed; got none"
     assert len(results(out)["rows"]) == 14  # those of the checkpoint that was dropped stay
@@ -559,9 +561,26 @@ def test_a_classifier_goes_through_all_stages(recipe_file, tiny_encoder, tmp_pat
     # 6 false tweets of EN02, 8 of each other event; the odd half of the one, the even half of the other
     examples = rows["report", None, "none"]["examples"]
     assert start["metrics"]["forget"]["auc"] == start["metrics"]["retain"]["auc"] == 1.0
-    assert after["metrics"]["forget"]["auc"] < 1.0
     assert len(examples["forget"]["nll"]) == 3 and len(examples["retain"]["nll"]) == 8
     assert set(examples["forget"]["label"]) == {1} and set(examples["retain"]["label"]) == {0, 2}
+
+
+def test_auc_is_one_event_against_all_others_of_both_sets(monkeypatch):
+    settings = Mide22Classification.Settings(("a", "b", "c"), "b", retain_scored=40)
+    task = Mide22Classification(settings, None, None)
+    numbers = np.random.default_rng(0)
+    labels = np.array([1] * 20 + [0, 2] * 20)
+    logits = numbers.normal(size=(60, 3)) + 1.5 * np.eye(3)[labels]
+    task.forget_rows, task.retain_rows = list(range(20)), list(range(20, 60))
+    monkeypatch.setattr(
+        task, "_logits", lambda model, rows: (torch.tensor(logits[rows]).float(), torch.tensor(labels[rows]))
+    )
+    measured = task.measure(None)
+    p = torch.tensor(logits).float().double().softmax(-1).numpy()
+    expected = [roc_auc_score(labels == c, p[:, c]) for c in range(3)]
+    forget, retain = (task.summarize(name, measured.examples[name])["auc"] for name in ("forget", "retain"))
+    assert forget == pytest.approx(expected[1]) and retain == pytest.approx((expected[0] + expected[2]) / 2)
+    assert 0.6 < forget < 0.99 and len(measured.examples["retain"]["auc"]) == 40
 
 
 def test_the_command_prints_where_the_results_are(small, capsys):

@@ -24,10 +24,11 @@ _GENERAL = 800  # characters of the embedded text whose perplexity is measured: 
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """``retain``: how many retain examples there are, evenly from the file; 0 takes all. ``retain_scored``: how many
-    of them are measured. ``upper_layers``: only the linear layers of so many upper layers are trained, in learning
-    and in unlearning; 0 trains every weight. Lengths are in tokens."""
+    """``forget``, ``retain``: how many examples there are, evenly from the file; 0 takes all. ``retain_scored``: how
+    many of the latter are measured. ``upper_layers``: only the linear layers of so many upper layers are trained, in
+    learning and in unlearning; 0 trains every weight. Lengths are in tokens."""
 
+    forget: int = 0
     retain: int = 0
     retain_scored: int = 40
     upper_layers: int = 0
@@ -35,7 +36,7 @@ class LanguageSettings:
     score_batch: int = 32
 
     def __post_init__(self):
-        for name in ("retain", "upper_layers"):
+        for name in ("forget", "retain", "upper_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0; got {getattr(self, name)}")
         for name in ("retain_scored", "max_length", "score_batch"):
@@ -75,6 +76,7 @@ class LanguageTask(Task):
     def prepare(self, tokenizer) -> None:
         self.tokenizer = tokenizer
         self.forget, self.retain = self.sets()
+        self.forget = evenly(self.forget, self.settings.forget or len(self.forget))
         self.retain = evenly(self.retain, self.settings.retain or len(self.retain))
         for name, examples in (("forget", self.forget), ("retain", self.retain)):
             if len(examples) < 2:
