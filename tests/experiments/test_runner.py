@@ -22,7 +22,7 @@ from quail.cli import main
 from quail.experiments import cells, runner, training
 from quail.experiments.recipe import find_recipe, load_recipe
 from quail.experiments.runner import plan, run
-from quail.experiments.tasks import TASKS, Mide22Classification
+from quail.experiments.tasks import TASKS, Mide22Classification, MuseNewsKnowMem, Tofu
 from quail.reporting import read_run
 
 
@@ -247,6 +247,21 @@ def test_a_calibrated_quantizer_is_given_texts_of_nothing_that_is_forgotten_or_r
     assert set(texts[0]) <= set(every[i] for i in (0, 1, 3, 4, 5, 7))
     cell = next(row["cell"] for row in results(out)["rows"] if row["quantizer"].startswith("gptq"))
     assert json.loads((out / "cells" / f"score-{cell}.json").read_text())["outputs"]["calibration_texts"] == 5
+
+
+def test_articles_that_are_trained_on_are_what_calibrates(tmp_path):
+    texts = [f"article {number}" for number in range(6)]
+    (tmp_path / "retain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    task = MuseNewsKnowMem(MuseNewsKnowMem.Settings(retain_texts="retain.jsonl"), tmp_path, None)
+    assert task.calibration_texts(3) == texts[::2] and task.calibration_texts(9) == texts
+
+
+def test_a_part_of_the_forget_set_is_taken_evenly(recipe_file, tiny_checkpoint):
+    task = Tofu(Tofu.Settings(forget=2, retain=4, max_length=32), recipe_file.data, str(tiny_checkpoint))
+    task.prepare(task.load_tokenizer(tiny_checkpoint))
+    questions = [row["question"] for row in json.loads((recipe_file.data / "forget01_perturbed.json").read_text())]
+    assert [example.prompt for example in task.forget] == [f"Question: {questions[i]}\nAnswer:" for i in (0, 2)]
+    assert (len(task.forget_rows), len(task.retain_rows), len(task.learn_rows)) == (2, 4, 6)
 
 
 def broken_deploy(checkpoint, quantizer, deploy=quantizers.deploy, **options):
