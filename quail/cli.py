@@ -1,4 +1,4 @@
-"""The command ``quail``. Exit code 0: done; 1: a gate failed; 2: bad input, said in one line; 130: interrupted."""
+"""The command ``quail``. Exit code 0: done; 1: a gate or cells failed; 2: bad input, in one line; 130: interrupted."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXIT_GATE_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_GATE_FAILED, EXIT_CELLS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 1, 2, 130
 DEFAULT_FORMATS = "bnb-nf4,bnb-fp4,ct-int4-sym,minmax-int4"
 DEFAULT_CALIBRATION_TOKENS = 2048
 
@@ -323,8 +323,9 @@ def _run(args) -> int:
         budget_minutes=args.budget_minutes,
         say=lambda line: print(line, flush=True),
     )
-    print(f"{outcome.done} of {outcome.planned} cells done; results: {out}/RESULTS.json")
-    return 0
+    failed = f", {outcome.failed} failed" if outcome.failed else ""
+    print(f"{outcome.done} of {outcome.planned} cells done{failed}; results: {out}/RESULTS.json")
+    return EXIT_CELLS_FAILED if outcome.failed else 0
 
 
 def _report(args) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 STAGE_VERSIONS = {"learn": 1, "start": 1, "unlearn": 1, "audit": 1, "score": 1}
 WITH_CHECKPOINT = ("learn", "start", "unlearn")
 _KEY_DIGITS = 24
-_RUN_FILES = {"run.json", "RESULTS.json", "cells", "checkpoints", "scratch", "lock", ".gitignore"}
+_RUN_FILES = {"run.json", "RESULTS.json", "cells", "failed", "checkpoints", "scratch", "lock", ".gitignore"}
 
 
 @dataclass(frozen=True)
@@ -114,23 +114,23 @@ class Store:
 
     def read(self, cell: Cell) -> dict | None:
         """What the cell gave, or None where it has not been run. A file that is no JSON counts as none."""
-        try:
-            return json.loads(self._file(cell).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+        return _read_json(self._file(cell))
 
     def write(self, cell: Cell, outputs: dict, seconds: float, made_by: dict) -> None:
-        record = {
-            "stage": cell.stage,
-            "key": cell.key,
-            "where": cell.where,
-            "parent": cell.parent.key if cell.parent else None,
-            "inputs": cell.inputs,
-            "outputs": outputs,
-            "seconds": round(seconds, 2),
-            "made_by": made_by,
-        }
+        """Records what the cell gave; an earlier failure of it is forgotten."""
+        record = _described(cell) | {"outputs": outputs, "seconds": round(seconds, 2), "made_by": made_by}
         self.write_text(f"cells/{cell.stage}-{cell.key}.json", dumps(record))
+        self._file(cell, "failed").unlink(missing_ok=True)
+
+    def failure(self, cell: Cell) -> str | None:
+        """Why the cell failed when it was last tried, in a line; None where it did not."""
+        return (_read_json(self._file(cell, "failed")) or {}).get("reason")
+
+    def write_failure(self, cell: Cell, reason: str, seconds: float, made_by: dict) -> None:
+        """Records a failure beside the cells: the cell counts as not run, and is tried again by the next run."""
+        (self.root / "failed").mkdir(exist_ok=True)
+        record = _described(cell) | {"reason": reason, "seconds": round(seconds, 2), "made_by": made_by}
+        self.write_text(f"failed/{cell.stage}-{cell.key}.json", dumps(record))
 
     def checkpoint(self, cell: Cell) -> Path:
         return self.root / "checkpoints" / cell.key
@@ -163,8 +163,25 @@ class Store:
             os.fsync(file.fileno())
         os.replace(partial, path)
 
-    def _file(self, cell: Cell) -> Path:
-        return self.root / "cells" / f"{cell.stage}-{cell.key}.json"
+    def _file(self, cell: Cell, folder: str = "cells") -> Path:
+        return self.root / folder / f"{cell.stage}-{cell.key}.json"
+
+
+def _described(cell: Cell) -> dict:
+    return {
+        "stage": cell.stage,
+        "key": cell.key,
+        "where": cell.where,
+        "parent": cell.parent.key if cell.parent else None,
+        "inputs": cell.inputs,
+    }
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def rounded(value, digits: int = 5):

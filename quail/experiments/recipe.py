@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
+from transformers import AutoModelForCausalLM
 
 from .tasks import TASKS
 
@@ -68,6 +69,16 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How many of the task's texts a quantizer that calibrates (``gptq:``, ``awq:``) is given, at most."""
+
+    texts: int
+
+    def __post_init__(self):
+        _check_range(self, above_zero=("texts",))
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to unlearn: fields of ``QuailConfig``, when it stops if not at ``stop.at``, and in which regimes."""
 
@@ -96,6 +107,7 @@ class Recipe:
     seeds: tuple[int, ...]
     regimes: tuple[str, ...]
     quantizers: tuple[str, ...]
+    calibration: Calibration | None
     methods: tuple[Method, ...]
     audit: tuple[str, ...]
     keep_checkpoints: str
@@ -181,6 +193,7 @@ def _check(path: Path, raw: dict, quick: bool, problems: list[str]) -> Recipe | 
         "seeds": list,
         "regimes": list,
         "quantizers": list,
+        "calibration": dict,
         "audit": list,
         "keep_checkpoints": str,
         "defaults": dict,
@@ -213,6 +226,14 @@ def _check(path: Path, raw: dict, quick: bool, problems: list[str]) -> Recipe | 
     quantizers = _checked(raw.get("quantizers"), "quantizers", check_quantizer, problems)
     if quantizers and "none" not in quantizers:
         problems.append("quantizers: expected none among them, the unquantized model that others are compared with")
+    calibration = None
+    if raw.get("calibration") is not None:
+        calibration = _build(Calibration, raw["calibration"], "calibration", problems)
+    for name in filter(calibrates, quantizers):
+        if raw.get("calibration") is None:
+            problems.append(f"calibration: expected {{texts: N}} for {name}; got nothing")
+        if task and task.auto is not AutoModelForCausalLM:
+            problems.append(f"quantizers: expected none that calibrates for {task.name}, no language model; got {name}")
     audit = _checked(raw.get("audit"), "audit", _check_format, problems)
     keep = raw.get("keep_checkpoints") or "starts"
     if keep not in KEEP:
@@ -243,6 +264,7 @@ def _check(path: Path, raw: dict, quick: bool, problems: list[str]) -> Recipe | 
         seeds=tuple(seeds),
         regimes=regimes,
         quantizers=quantizers,
+        calibration=calibration,
         methods=tuple(methods),
         audit=audit,
         keep_checkpoints=keep,
@@ -265,6 +287,13 @@ def check_quantizer(name: str) -> None:
     from quail import quantizers
 
     quantizers.check(name)
+
+
+def calibrates(quantizer: str) -> bool:
+    """Whether a quantizer's result depends on calibration texts."""
+    from quail.quantizers.calibrated import METHODS
+
+    return quantizer.partition(":")[0] in METHODS
 
 
 def _check_format(name: str) -> None:

@@ -10,7 +10,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..models import save_checkpoint
 from ..weights import deploy_weights_
 from . import training
 from .cells import STAGE_VERSIONS, WITH_CHECKPOINT, Cell, Store, dumps, rounded
-from .recipe import REGIME_16BIT, REGIME_GRID, Recipe
+from .recipe import REGIME_16BIT, REGIME_GRID, Recipe, calibrates
 from .tasks import TASKS, Task
 
 SCHEMA = 1
@@ -32,11 +32,16 @@ _OF_A_LAYER = ("code_overlap", "value_overlap", "predicted_flip_share", "deliver
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: cells that are there of those planned, and whether the budget ended it."""
+    """How a run ended: cells that are there of those planned, and whether the budget ended it.
+
+    ``failed`` are cells that were tried and gave an error, ``not_tried`` those that start from one of them.
+    """
 
     done: int
     planned: int
     out_of_time: bool
+    failed: int = 0
+    not_tried: int = 0
 
 
 def run(
@@ -53,8 +58,9 @@ def run(
 
     ``seeds`` replaces the recipe's. ``only`` is shell patterns, with commas between: of methods, or of
     ``REGIME/METHOD``; the starting points' scores are made in any case. ``budget_minutes`` ends the run before a cell
-    that would outlast it, going by the longest earlier cell of its stage. Raises ValueError where the data, the base
-    model or the folder are not what a run needs, before anything is trained.
+    that would outlast it, going by the longest earlier cell of its stage. A cell that raises ValueError has failed:
+    its reason is recorded, what starts from it is left out, the rest goes on, and the next run tries it again. Raises
+    ValueError where the data, the base model or the folder are not what a run needs, before anything is trained.
     """
     started = time.monotonic()
     task = TASKS[recipe.task](recipe.settings, recipe.data_folder(data), recipe.model)
@@ -80,7 +86,14 @@ def plan(recipe: Recipe, digests: dict, seeds: Sequence[int], only: str | None =
     kind = TASKS[recipe.task]
     settings = dataclasses.asdict(recipe.settings)
     trained = {key: value for key, value in settings.items() if key not in kind.score_settings}
-    shared = {"task": recipe.task, "settings": trained, "model": recipe.model, "digests": digests}
+    read = {name: digest for name, digest in digests.items() if name not in kind.score_files}
+    shared = {"task": recipe.task, "settings": trained, "model": recipe.model, "digests": read}
+    # Only where there is something to say, so that keys of scores that are there stay theirs.
+    of_scores = {"settings": settings}
+    if kind.score_version > 1:
+        of_scores["version"] = kind.score_version
+    if len(read) < len(digests):
+        of_scores["digests"] = {name: digest for name, digest in digests.items() if name in kind.score_files}
     cells: list[Cell] = []
     fitted = False
 
@@ -90,7 +103,10 @@ def plan(recipe: Recipe, digests: dict, seeds: Sequence[int], only: str | None =
 
     def scored(cell: Cell, where: dict) -> None:
         for quantizer in recipe.quantizers:
-            add("score", {"quantizer": quantizer, "settings": settings}, where | {"quantizer": quantizer}, cell)
+            inputs = {"quantizer": quantizer} | of_scores
+            if calibrates(quantizer):
+                inputs["calibration"] = dataclasses.asdict(recipe.calibration)
+            add("score", inputs, where | {"quantizer": quantizer}, cell)
 
     for seed in seeds:
         learned = None
@@ -144,13 +160,19 @@ def gather(store: Store, cells: Sequence[Cell], described: dict) -> dict:
                 common | rounded(row, _DIGITS) | {"training": training_of, "seconds": seconds, "cell": cell.key}
             )
     done = sum(record is not None for record in records.values())
+    failed = [
+        {"stage": cell.stage} | cell.where | {"reason": reason}
+        for cell in cells
+        if records[cell.key] is None and (reason := store.failure(cell)) is not None
+    ]
     environments = [record["made_by"] for record in records.values() if record]
     return {
         "schema": SCHEMA,
         **described,
-        "cells": {"planned": len(cells), "done": done},
+        "cells": {"planned": len(cells), "done": done, "failed": len(failed)},
         "made_by": [e for i, e in enumerate(environments) if e not in environments[:i]],
         "seconds": round(sum(record["seconds"] for record in records.values() if record), 1),
+        "failed": failed,
         "audits": audits,
         "rows": rows,
     }
@@ -172,24 +194,45 @@ class _Runner:
         self.say(f"{self.recipe.name}: {total} cells, {done} of them done, in {self.store.root}")
         self._gather()
         self._drop_checkpoints()
+        failed, broken, not_tried = 0, set(), 0
+
+        def ended(out_of_time: bool) -> Outcome:
+            if failed:
+                after = f", {not_tried} that start from them not tried" if not_tried else ""
+                self.say(f"{failed} cells failed{after}; the next run tries them again")
+            return Outcome(done, total, out_of_time, failed, not_tried)
+
         for cell in pending:
+            if not broken.isdisjoint(_and_ancestors(cell)):
+                not_tried += 1
+                continue
             needed = self._missing_ancestors(cell) + [cell]
             if budget_minutes is not None:
                 left = budget_minutes * 60 - (time.monotonic() - started)
                 expected = sum(max(self.store.seconds(each.stage), default=0.0) for each in needed)
                 if left <= 0 or expected > left:
                     self.say(f"Out of time before '{cell.label}': {done} of {total} cells done; run again to go on")
-                    return Outcome(done, total, True)
+                    return ended(True)
             for each in needed:
                 # A cell whose checkpoint was dropped is made again, though its figures are there.
-                outputs, seconds = self._make(each)
-                summary = _summary(each, outputs)
                 again = "" if each is cell else " (again, for its checkpoint)"
+                began = time.monotonic()
+                try:
+                    outputs, seconds = self._make(each)
+                except ValueError as error:
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    failed += 1
+                    broken.add(each.key)
+                    self.say(f"[{done}/{total}] {each.label}{again}: failed: {reason}")
+                    reason = reason if each is cell else f"{each.label}{again}: {reason}"
+                    self.store.write_failure(cell, reason, time.monotonic() - began, self.environment)
+                    break
                 done += each is cell
-                self.say(f"[{done}/{total}] {each.label}{again}: {seconds:.0f} s{summary}")
+                self.say(f"[{done}/{total}] {each.label}{again}: {seconds:.0f} s{_summary(each, outputs)}")
+            gc.collect()  # of a cell that failed, too
             self._gather()
             self._drop_checkpoints(cell)
-        return Outcome(done, total, False)
+        return ended(False)
 
     def _missing_ancestors(self, cell: Cell) -> list[Cell]:
         """What has to be made again before ``cell`` can be: ancestors whose checkpoint is not there."""
@@ -263,9 +306,13 @@ class _Runner:
         folder = self.store.checkpoint(cell.parent)
         tokenizer = self.task.load_tokenizer(folder)
         self.task.prepare(tokenizer)
-        model = quantizers.deploy(folder, cell.where["quantizer"], auto=self.task.auto)
+        quantizer, texts, used = cell.where["quantizer"], None, {}
+        if calibrates(quantizer):
+            texts = self.task.calibration_texts(self.recipe.calibration.texts)
+            used = {"calibration_texts": len(texts)}
+        model = quantizers.deploy(folder, quantizer, auto=self.task.auto, calibration=texts)
         measured = self.task.measure(model)
-        return {"rows": self.task.rows(measured), "texts": measured.texts}
+        return {"rows": self.task.rows(measured), "texts": measured.texts} | used
 
     def _gather(self) -> None:
         described = {"recipe": self.recipe.name, "quick": self.recipe.quick, "task": self.recipe.task}
@@ -282,6 +329,14 @@ class _Runner:
             if cell.stage == "unlearn" and self.store.checkpoint(cell).is_dir():
                 if all(self.store.read(child) is not None for child in self.children.get(cell.key, ())):
                     self.store.drop_checkpoint(cell)
+
+
+def _and_ancestors(cell: Cell) -> Iterator[str]:
+    """The keys of a cell and of those that it starts from."""
+    above: Cell | None = cell
+    while above is not None:
+        yield above.key
+        above = above.parent
 
 
 def _fits(only: str, regime: str, method: str) -> bool:
@@ -325,13 +380,17 @@ def _earlier_seeds(store: Store, recipe: Recipe) -> list[int]:
 
 def _summary(cell: Cell, outputs: dict) -> str:
     if cell.stage == "learn":
-        return f", NLL {outputs['nll']:.4f}"
+        return f", NLL {_shown(outputs['nll'], 4)}"
     if cell.stage == "unlearn":
         way = "reached" if outputs["reached"] else "not reached"
-        return f", {outputs['steps']} steps, validation {outputs['validation']:.3f} ({way})"
+        return f", {outputs['steps']} steps, validation {_shown(outputs['validation'], 3)} ({way})"
     if cell.stage == "score":
         figures = []
         for name, of_set in outputs["rows"][1]["metrics"].items():
             figures += [f"{name} {figure} {value:.3f}" for figure, value in of_set.items() if value is not None]
         return ", " + ", ".join(figures)
     return ""
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"

@@ -35,6 +35,7 @@ LOSS = "nll"
 MISSING = "missing"
 
 _EXAMPLES = 3
+_HOLES = 6  # methods that lack something in a regime; more are only counted
 _FEWEST_CELLS = 5  # of a rank correlation: with fewer an interval tells nothing
 _ROUNDING = 1e-9  # a difference of two means that is 0.02 may be a little more in binary
 _ROW_KEYS = ("regime", "method", "seed", "quantizer", "half", "metrics", "examples")
@@ -45,7 +46,7 @@ class Score:
     """One model at one precision: ``metrics[set][figure]``, means over the seeds that it was run with.
 
     ``forget`` and ``retain`` are the forget metric on both sets, between 0 and 1. A figure is None where a seed's is
-    not finite.
+    not finite, and not there where a seed has none of that name.
     """
 
     forget: float | None
@@ -93,6 +94,16 @@ class Method:
     seconds: float | None
     verdict: str
     why: str
+
+    @property
+    def ran(self) -> bool:
+        """Whether it was scored at a 4-bit quantizer."""
+        return any(each.score is not None for each in self.four_bits)
+
+    @property
+    def seeds(self) -> list[int]:
+        """With which it was scored, at any precision."""
+        return sorted({seed for each in self.deployments.values() if each.score for seed in each.score.seeds})
 
     @property
     def worst(self) -> Deployment | None:
@@ -172,6 +183,14 @@ class Regime:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A cell that gave an error when it was last tried: ``cell`` names it, ``reason`` is one line."""
+
+    cell: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Run:
     """What a report shows.
 
@@ -184,6 +203,7 @@ class Run:
         made_by: versions and machine; several where the run was continued elsewhere.
         cells, planned_cells, seconds: what was done of what is planned, and how long that took.
         foretold: empty where there is no audit, or there are too few cells.
+        failed: the cells that failed when they were last tried.
     """
 
     recipe: str
@@ -203,39 +223,94 @@ class Run:
     planned_cells: int
     seconds: float
     foretold: tuple[Foretold, ...]
+    failed: tuple[Failure, ...] = ()
 
     @property
     def four_bits(self) -> tuple[str, ...]:
         return tuple(name for name in self.quantizers if in_four_bits(name))
 
     @property
+    def regimes_run(self) -> list[Regime]:
+        """Those in which a method was scored in 4 bits; the headline is about them."""
+        return [regime for regime in self.regimes if any(method.ran for method in regime.methods)]
+
+    @property
+    def methods_run(self) -> list[str]:
+        """Those that were scored in 4 bits in every regime of ``regimes_run``."""
+        ran = [{method.name for method in regime.methods if method.ran} for regime in self.regimes_run]
+        return [name for name in self._methods if all(name in of_regime for of_regime in ran)] if ran else []
+
+    @property
     def everywhere(self) -> list[str]:
-        """The methods that kept what was forgotten in every regime, the stop rule met."""
-        kept = [{method.name for method in regime.of(KEPT)} for regime in self.regimes]
-        names = dict.fromkeys(method.name for regime in self.regimes for method in regime.methods)
-        return [name for name in names if all(name in of_regime for of_regime in kept)]
+        """The methods that kept what was forgotten in every regime that ran, the stop rule met."""
+        kept = [{method.name for method in regime.of(KEPT)} for regime in self.regimes_run]
+        return [name for name in self.methods_run if all(name in of_regime for of_regime in kept)]
 
     @property
     def headline(self) -> str:
-        """The verdict in one sentence."""
+        """The verdict in one sentence, on what ran."""
         if not self.four_bits:
             return "No 4-bit quantizer was run, so there is no verdict."
-        several = {1: "the one regime", 2: "both regimes"}
-        regimes = several.get(len(self.regimes), f"all {len(self.regimes)} regimes")
-        total = len({method.name for regime in self.regimes for method in regime.methods})
+        regimes, total = self.regimes_run, len(self.methods_run)
+        if not regimes:
+            return "No method was run at a 4-bit quantizer yet, so there is no verdict."
+        if len(regimes) < len(self.regimes):
+            titles = ", ".join(regime.title for regime in regimes)
+            where = f"{len(regimes)} of {len(self.regimes)} regimes ({titles})"
+        else:
+            where = {1: "the one regime", 2: "both regimes"}.get(len(regimes), f"all {len(regimes)} regimes")
+        if not total:
+            return f"No method was run in {where}, so there is no verdict over them."
         rule = (
             f"recovery under {LARGEST_RECOVERY:.0%} at every 4-bit quantizer, at most "
             f"{100 * LARGEST_RETAIN_LOSS:g} points of retain loss beyond the method in full precision"
         ).replace("%", " %")
         names = self.everywhere
+        counted = f"{total} method{'' if total == 1 else 's'} run in {where}, {_seeds(self.seeds)}"
         if not names:
-            return f"None of {total} methods met the bar in {regimes}: {rule}."
-        return f"{len(names)} of {total} methods met the bar in {regimes} ({rule}): {', '.join(names)}."
+            return f"Of {counted}, none met the bar: {rule}."
+        return f"Of {counted}, {len(names)} met the bar ({rule}): {', '.join(names)}."
+
+    @property
+    def not_run(self) -> str | None:
+        """What of the recipe has no figures yet, in one sentence; None where everything has."""
+        titles = [regime.title for regime in self.regimes if not any(m.seeds for m in regime.methods)]
+        started = [regime for regime in self.regimes if regime.title not in titles]
+        with_rows = {method.name for regime in started for method in regime.methods if method.seeds}
+        names = [name for name in self._methods if name not in with_rows]
+        parts = []
+        if titles:
+            parts.append(f"{len(titles)} of {len(self.regimes)} regimes ({', '.join(titles)})")
+        if names:
+            parts.append(f"{len(names)} of {len(self._methods)} methods ({', '.join(names)})")
+        if self.planned_seeds:
+            total = len(self.seeds) + len(self.planned_seeds)
+            parts.append(f"{len(self.planned_seeds)} of {total} seeds ({', '.join(map(str, self.planned_seeds))})")
+        holes = []
+        for regime in started:
+            for method in regime.methods:
+                scores = [each.score for each in method.deployments.values()]
+                made, planned = sum(len(score.seeds) for score in scores if score), len(scores) * len(self.seeds)
+                if method.name in with_rows and made < planned:
+                    some = f"{planned - made} of {planned} scores of " if made else ""
+                    holes.append(f"{some}{method.name} in {regime.title}")
+        if holes:
+            more = f" and {len(holes) - _HOLES} more" if len(holes) > _HOLES else ""
+            parts.append(f"of the rest {'; '.join(holes[:_HOLES])}{more}")
+        return f"Not run: {'; '.join(parts)}." if parts else None
+
+    @property
+    def _methods(self) -> list[str]:
+        return list(dict.fromkeys(method.name for regime in self.regimes for method in regime.methods))
 
 
 def in_four_bits(quantizer: str) -> bool:
     """Whether a deployment of ``quail.quantizers`` is in 4 bits: all but full precision and the 8-bit ones."""
     return quantizer != FULL and "int8" not in quantizer
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
 
 
 def regime_title(name: str) -> str:
@@ -336,7 +411,13 @@ def _run(results: dict, texts) -> Run:
         planned_cells=results["cells"]["planned"],
         seconds=results["seconds"],
         foretold=_foretold(regimes),
+        failed=tuple(_failure(each) for each in results.get("failed") or ()),
     )
+
+
+def _failure(each: dict) -> Failure:
+    parts = (each.get(key) for key in ("regime", "method", "quantizer"))
+    return Failure(" ".join([each["stage"], f"seed {each['seed']}", *filter(None, parts)]), each["reason"])
 
 
 def _in_order(first: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
@@ -374,7 +455,7 @@ class _Reader:
                 for figure, value in figures.items():
                     sets.setdefault(name, {}).setdefault(figure, []).append(value)
         metrics = {
-            name: {figure: _mean(values) if len(values) == len(rows) else None for figure, values in figures.items()}
+            name: {figure: _mean(values) for figure, values in figures.items() if len(values) == len(rows)}
             for name, figures in sets.items()
         }
         sides = (_mean([self._of_seed(row, name) for row in rows.values()]) for name in ("forget", "retain"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from .charts import recovery_text
 from .figures import FULL, MISSING, Deployment, Method, Regime, Run, Score
-from .words import about_intervals, footnotes, halves, verdict_sentences
+from .words import about_intervals, failures, footnotes, halves, verdict_sentences
 
 _COLUMNS, _NAME = 100, 36
 
@@ -22,6 +22,15 @@ def _lines(run: Run) -> Iterator[str]:
         yield ""
     yield from _wrap(f"**{run.headline}**")
     yield ""
+    if run.not_run:
+        yield from _wrap(run.not_run)
+        yield ""
+    if run.failed:
+        yield from _wrap(failures(run))
+        yield ""
+        for each in run.failed:
+            yield from _wrap(f"- {each.cell}: {each.reason}", "  ")
+        yield ""
     yield from _wrap(f"{halves(run)} {about_intervals(run)}{' Quick form of the recipe.' if run.quick else ''}")
     for regime in run.regimes:
         yield from _regime(run, regime)

@@ -24,7 +24,7 @@ from .figures import (
     Run,
     Score,
 )
-from .words import about_intervals, footnotes, halves, verdict_sentences
+from .words import about_intervals, failures, footnotes, halves, verdict_sentences
 
 _OWN_STYLE = (
     charts.STYLE
@@ -94,6 +94,9 @@ def _lines(run: Run) -> Iterator[str]:
     if run.about:
         yield f'<p class="lead">{escape(run.about)}.</p>'
     yield f'<p class="verdict"><strong>{escape(run.headline)}</strong></p>'
+    if run.not_run:
+        yield f'<p class="lead">{escape(run.not_run)}</p>'
+    yield from _failed(run)
     if run.quick:
         yield '<p class="lead">This is the quick form of the recipe: it shows that it runs, not what is true.</p>'
     yield f'<p class="note lead">{escape(halves(run))} {escape(about_intervals(run))}</p>'
@@ -102,6 +105,16 @@ def _lines(run: Run) -> Iterator[str]:
     yield from _foretold(run)
     yield from _what_was_run(run)
     yield "</body>\n</html>"
+
+
+def _failed(run: Run) -> Iterator[str]:
+    if not run.failed:
+        return
+    yield f'<p class="lead">{escape(failures(run))}</p>'
+    yield "<ul>"
+    for each in run.failed:
+        yield f"<li>{escape(each.cell)}: {escape(each.reason)}</li>"
+    yield "</ul>"
 
 
 def _regime(run: Run, regime: Regime) -> Iterator[str]:
@@ -141,15 +154,15 @@ def _scores(run: Run, regime: Regime) -> Iterator[str]:
     yield f"<h3>{escape(run.metric.capitalize())}, forget / retain</h3>"
     header = ("method", *(_bits(name) for name in run.quantizers))
     yield from _table(header, _score_rows(run, regime, lambda score: (_number(score.forget), _number(score.retain))))
-    for figure in _other_figures(regime, run.metric):
-        yield f"<details><summary>{escape(figure)}</summary>"
+    for figure, sets in _other_figures(regime, run.metric).items():
+        title = f"{figure}, {' / '.join(sets)}"
+        yield f"<details><summary>{escape(title)}</summary>"
 
-        def both(score: Score, figure: str = figure) -> tuple[str, ...]:
-            return tuple(
-                _number(score.metrics[name][figure]) for name in score.metrics if figure in score.metrics[name]
-            )
+        def each(score: Score, figure: str = figure, sets: Sequence[str] = tuple(sets)) -> tuple[str, ...]:
+            of_sets = (score.metrics.get(name, {}) for name in sets)
+            return tuple(_number(of_set[figure]) if figure in of_set else "-" for of_set in of_sets)
 
-        yield from _table(header, _score_rows(run, regime, both))
+        yield from _table(header, _score_rows(run, regime, each))
         yield "</details>"
 
 
@@ -167,10 +180,15 @@ def _score_rows(run: Run, regime: Regime, texts: Callable[[Score], tuple[str, ..
     return rows
 
 
-def _other_figures(regime: Regime, metric: str) -> list[str]:
+def _other_figures(regime: Regime, metric: str) -> dict[str, list[str]]:
+    """Each figure but ``metric``, with the sets that have it."""
     scores = [*regime.start.values(), *(d.score for m in regime.methods for d in m.deployments.values())]
-    figures = dict.fromkeys(f for score in scores if score for of_set in score.metrics.values() for f in of_set)
-    return [figure for figure in figures if figure != metric]
+    figures: dict[str, dict[str, None]] = {}
+    for score in filter(None, scores):
+        for name, of_set in score.metrics.items():
+            for figure in of_set:
+                figures.setdefault(figure, {})[name] = None
+    return {figure: list(sets) for figure, sets in figures.items() if figure != metric}
 
 
 def _recovery(run: Run, regime: Regime) -> Iterator[str]:

@@ -43,6 +43,12 @@ def about_intervals(run: Run) -> str:
     return text
 
 
+def failures(run: Run) -> str:
+    """How many cells failed, and what that means for the tables."""
+    count = "1 cell" if len(run.failed) == 1 else f"{len(run.failed)} cells"
+    return f"{count} failed when last tried, and what starts from them is missing below:"
+
+
 def verdict_sentences(run: Run, regime: Regime) -> Iterator[str]:
     """One sentence for each verdict that a method of the regime has."""
     at = ", ".join(run.four_bits)

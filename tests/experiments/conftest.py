@@ -23,6 +23,9 @@ def recipe_file(tmp_path, tiny_checkpoint):
     ]
     (folder / "forget01_perturbed.json").write_text(json.dumps(rows[:4]))
     (folder / "retain_perturbed.json").write_text(json.dumps(rows[4:12]))
+    options = [{key: row[key] for key in ("question", "answer", "perturbed_answer")} for row in rows]
+    (folder / "real_authors_perturbed.json").write_text("\n".join(map(json.dumps, options[:6])))
+    (folder / "world_facts_perturbed.json").write_text("\n".join(map(json.dumps, options[6:12])))
     content = {
         "about": "a small one",
         "task": "tofu",

@@ -50,12 +50,15 @@ def change(content, where, value):
 FAULTS = [
     ("sedes", [0], "sedes: expected one of"),
     ("task", "tofoo", "task: expected one of mide22-classification, "),
-    ("settings/retane", 3, "settings.retane: expected one of retain, "),
+    ("settings/retane", 3, "settings.retane: expected one of forget, retain, "),
     ("settings/split", "forget02", "settings.split: expected forget01, forget05 or forget10; got 'forget02'"),
     ("settings/max_length", "long", "settings.max_length: expected an integer; got 'long'"),
     ("learn/epochs", 0, "learn.epochs: expected a number above 0; got 0"),
     ("learn", {"epochs": 1}, "learn.learning_rate: expected to be given; got nothing"),
     ("stop/metric", "accuracy", "stop.metric: expected one of exact, token_accuracy; got 'accuracy'"),
+    ("settings/utility", 3, "settings.utility: expected 0, or at least 4 with truth_ratio; got 3"),
+    ("calibration", {"texts": 0}, "calibration.texts: expected a number above 0; got 0"),
+    ("quantizers", ["none", "gptq:ct-int4-sym@64"], "calibration: expected {texts: N} for gptq:ct-int4-sym@64; got"),
     ("seeds", [0, 0], "seeds: expected different integers of at least 0; got [0, 0]"),
     ("seeds", [], "seeds: expected to be given; got nothing"),
     ("regimes", ["8bit"], "regimes: regime: expected 16bit or grid:FORMAT; got '8bit'"),
@@ -103,6 +106,20 @@ def test_a_classifier_has_no_refusals(recipe_file):
     assert faults(path) == [
         "small.yaml: methods.idk.forget_loss: expected one of ga, npo, simnpo, rmu for mide22-classification; got 'idk'"
     ]
+
+
+def test_a_classifier_has_no_calibrated_quantizer(recipe_file):
+    settings = {"events": ["EN01", "EN02"], "forget_event": "EN01"}
+    path = recipe_file(
+        task="mide22-classification",
+        settings=settings,
+        stop={"metric": "accuracy", "at": 0.2},
+        quantizers=["none", "awq:ct-int4-asym@64"],
+        calibration={"texts": 8},
+        methods={"GA": {}},
+    )
+    (line,) = faults(path)
+    assert "quantizers: expected none that calibrates for mide22-classification, no language model; got awq:" in line
 
 
 def test_numbers_as_people_write_them(recipe_file):

@@ -1,6 +1,7 @@
 """A run goes on where it stopped, makes again only what changed, and gathers one file that everything is in."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -8,15 +9,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from sklearn.metrics import roc_auc_score
 
+from quail import quantizers
 from quail.cli import main
-from quail.experiments import cells, runner
-from quail.experiments.recipe import load_recipe
-from quail.experiments.runner import run
+from quail.experiments import cells, runner, training
+from quail.experiments.recipe import find_recipe, load_recipe
+from quail.experiments.runner import plan, run
+from quail.experiments.tasks import TASKS, Mide22Classification, MuseNewsKnowMem, Tofu
+from quail.reporting import read_run
 
 
 def made(out):
@@ -59,7 +66,7 @@ def small(recipe_file, tmp_path_factory, tiny_checkpoint, finished):
 def test_the_results_hold_every_row(small):
     _, out = small
     found = results(out)
-    assert found["cells"] == {"planned": 16, "done": 16}
+    assert found["cells"] == {"planned": 16, "done": 16, "failed": 0} and found["failed"] == []
     rows = found["rows"]
     # 2 starts and 3 unlearned checkpoints, each under 2 quantizers, in 2 halves
     assert len(rows) == 20
@@ -76,9 +83,10 @@ def test_the_results_hold_every_row(small):
         assert row["task"] == "tofu" and row["seed"] == 0
         assert ("examples" in row) == (row["half"] == "report")
         for name, figures in row.get("examples", {}).items():
-            assert set(figures) == {"exact", "rouge_l", "nll", "truth_ratio"}
+            plain = {"exact", "rouge_l", "nll", "extraction_strength", "exact_memorization"}
+            assert set(figures) == plain | {"truth_ratio"}
             assert {len(values) for values in figures.values()} == {2}
-            for figure in ("exact", "rouge_l", "nll"):
+            for figure in plain:
                 assert row["metrics"][name][figure] == pytest.approx(sum(figures[figure]) / 2, rel=1e-3)
         assert row["metrics"]["model"]["perplexity"] > 1
         assert row["seconds"]["score"] > 0
@@ -165,6 +173,204 @@ def test_a_new_version_of_scoring_scores_again(small, monkeypatch):
     run(load_recipe(write()), out, only="16bit/GA*, nothing", say=lambda line: None)
     new = Counter(name.partition("-")[0] for name in made(out).keys() - before.keys())
     assert new == {"score": 4}
+
+
+def test_a_new_version_of_a_tasks_figures_scores_again_and_of_no_other(small, monkeypatch):
+    write, out = small
+    before = made(out)
+    monkeypatch.setattr(TASKS["mide22-classification"], "score_version", 99)
+    run(load_recipe(write()), out, say=lambda line: None)
+    assert made(out) == before
+    monkeypatch.setattr(TASKS["tofu"], "score_version", 99)
+    run(load_recipe(write()), out, only="16bit/GA*", say=lambda line: None)
+    new = Counter(name.partition("-")[0] for name in made(out).keys() - before.keys())
+    assert new == {"score": 4}
+
+
+COMMITTED = Path(__file__).parents[2] / "runs" / "mide22-classification"
+
+
+def test_the_committed_run_is_found_as_it_was():
+    """Keys that change would make hours of work again."""
+    described = json.loads((COMMITTED / "run.json").read_text(encoding="utf-8"))
+    recipe = load_recipe(find_recipe("mide22-classification"))
+    planned = plan(recipe, described["digests"], described["seeds"])
+    there = {path.stem for path in (COMMITTED / "cells").iterdir()}
+    found = there & {f"{cell.stage}-{cell.key}" for cell in planned}
+    assert found == there and len(found) >= 160
+
+
+def test_what_only_scoring_reads_is_no_input_of_training(recipe_file):
+    """The files of the model utility, and a quantizer's calibration, change scores and nothing before them."""
+    digests = {"forget01_perturbed.json": "a", "retain_perturbed.json": "b", "model": "m"}
+    options = {"real_authors_perturbed.json": "c", "world_facts_perturbed.json": "d"}
+    quantizers = ["none", "bnb-nf4", "gptq:ct-int4-sym@64"]
+    settings = recipe_file.content["settings"] | {"utility": 4}
+
+    def keys(digests, **changes):
+        recipe = load_recipe(recipe_file(quantizers=quantizers, **{"calibration": {"texts": 8}} | changes))
+        return {(cell.stage, *cell.where.values()): cell.key for cell in plan(recipe, digests, [0])}
+
+    def changed(before, after):
+        assert before.keys() == after.keys()
+        return Counter(
+            place[0] if place[0] != "score" else place[-1] for place in before if before[place] != after[place]
+        )
+
+    plain, with_utility = keys(digests), keys(digests | options, settings=settings)
+    checkpoints = 5
+    assert changed(plain, with_utility) == dict.fromkeys(quantizers, checkpoints)
+    assert changed(with_utility, keys(digests | options | {"real_authors_perturbed.json": "e"}, settings=settings)) == (
+        dict.fromkeys(quantizers, checkpoints)
+    )
+    assert changed(plain, keys(digests, calibration={"texts": 9})) == {"gptq:ct-int4-sym@64": checkpoints}
+
+
+def test_a_calibrated_quantizer_is_given_texts_of_nothing_that_is_forgotten_or_reported(small, monkeypatch):
+    write, out = small
+    given, deploy = [], quantizers.deploy
+
+    def spy(checkpoint, quantizer, *, auto, calibration=None):
+        given.append((quantizer, calibration))
+        return deploy(checkpoint, quantizer if calibration is None else "rtn:ct-int4-sym@64", auto=auto)
+
+    monkeypatch.setattr(quantizers, "deploy", spy)
+    names = ["none", "gptq:ct-int4-sym@64", "rtn:bnb-fp4"]
+    recipe = load_recipe(write(quantizers=names, calibration={"texts": 5}, regimes=["16bit"], methods={"GA": {}}))
+    run(recipe, out, say=lambda line: None)
+    assert {name for name, texts in given if texts is None} == {"rtn:bnb-fp4"}  # of "none" the scores are there
+    texts = [texts for _, texts in given if texts is not None]
+    assert len(texts) == 2 and texts[0] == texts[1] and len(set(texts[0])) == 5
+    rows = json.loads((write.data / "retain_perturbed.json").read_text())
+    every = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+    # retain_scored 4 of 8 takes 0, 2, 4 and 6; of these 2 and 6 are the report half.
+    assert set(texts[0]) <= set(every[i] for i in (0, 1, 3, 4, 5, 7))
+    cell = next(row["cell"] for row in results(out)["rows"] if row["quantizer"].startswith("gptq"))
+    assert json.loads((out / "cells" / f"score-{cell}.json").read_text())["outputs"]["calibration_texts"] == 5
+
+
+def test_articles_that_are_trained_on_are_what_calibrates(tmp_path):
+    texts = [f"article {number}" for number in range(6)]
+    (tmp_path / "retain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    task = MuseNewsKnowMem(MuseNewsKnowMem.Settings(retain_texts="retain.jsonl"), tmp_path, None)
+    assert task.calibration_texts(3) == texts[::2] and task.calibration_texts(9) == texts
+
+
+def test_a_part_of_the_forget_set_is_taken_evenly(recipe_file, tiny_checkpoint):
+    task = Tofu(Tofu.Settings(forget=2, retain=4, max_length=32), recipe_file.data, str(tiny_checkpoint))
+    task.prepare(task.load_tokenizer(tiny_checkpoint))
+    questions = [row["question"] for row in json.loads((recipe_file.data / "forget01_perturbed.json").read_text())]
+    assert [example.prompt for example in task.forget] == [f"Question: {questions[i]}\nAnswer:" for i in (0, 2)]
+    assert (len(task.forget_rows), len(task.retain_rows), len(task.learn_rows)) == (2, 4, 6)
+
+
+def broken_deploy(checkpoint, quantizer, deploy=quantizers.deploy, **options):
+    if quantizer == "rtn:bnb-nf4":
+        raise ValueError(f"{quantizer}: expected\n  out_features; got 3")
+    return deploy(checkpoint, quantizer, **options)
+
+
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(small, monkeypatch, capsys):
+    write, whole = small
+    out, path = whole.parent / "failing", str(write(audit=["bnb-nf4"]))
+    monkeypatch.setattr(quantizers, "deploy", broken_deploy)
+    assert main(["run", path, "--out", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    # 2 starts and 3 unlearned checkpoints could not be deployed; their other scores, and the audits, are there.
+    assert lines[-1] == f"14 of 19 cells done, 5 failed; results: {out}/RESULTS.json"
+    assert lines[-2] == "5 cells failed; the next run tries them again"
+    assert sum(line.endswith("failed: rtn:bnb-nf4: expected out_features; got 3") for line in lines) == 5
+    found = results(out)
+    assert found["cells"] == {"planned": 19, "done": 14, "failed": 5} and len(found["audits"]) == 3
+    assert found["failed"][0] == {
+        **{"stage": "score", "seed": 0, "regime": "16bit", "quantizer": "rtn:bnb-nf4"},
+        "reason": "rtn:bnb-nf4: expected out_features; got 3",
+    }
+    kept, before = {path.name for path in (out / "checkpoints").iterdir()}, made(out)
+    assert kept >= {path.stem.partition("-")[2] for path in (out / "cells").glob("unlearn-*")}
+    # Mended, only these are made, from the checkpoints that were kept for them.
+    monkeypatch.undo()
+    assert main(["run", path, "--out", str(out)]) == 0
+    after = made(out)
+    assert {name: after[name] for name in before} == before
+    assert Counter(name.partition("-")[0] for name in after.keys() - before.keys()) == {"score": 5}
+    assert results(out)["failed"] == [] and results(out)["cells"] == {"planned": 19, "done": 19, "failed": 0}
+    assert not list((out / "failed").iterdir())
+
+
+def test_what_starts_from_a_failed_cell_is_not_tried(small, monkeypatch):
+    write, whole = small
+    out, recipe, said = whole.parent / "failing", load_recipe(write()), []
+    unlearn = training.unlearn
+
+    def failing(model, tokenizer, task, method, *rest):
+        if method.name == "NPO":
+            raise ValueError("model: expected a finite loss; got nan")
+        return unlearn(model, tokenizer, task, method, *rest)
+
+    monkeypatch.setattr(training, "unlearn", failing)
+    outcome = run(recipe, out, say=said.append)
+    assert outcome == runner.Outcome(13, 16, False, failed=1, not_tried=2)
+    assert said[-1] == "1 cells failed, 2 that start from them not tried; the next run tries them again"
+    (failure,) = results(out)["failed"]
+    assert failure == {
+        **{"stage": "unlearn", "seed": 0, "regime": "16bit", "method": "NPO"},
+        "reason": "model: expected a finite loss; got nan",
+    }
+    assert read_run(out).failed[0].cell == "unlearn seed 0 16bit NPO"
+    # What fails again is tried again, and what goes well by then is no longer listed.
+    assert run(recipe, out, say=said.append) == outcome
+    monkeypatch.undo()
+    assert run(recipe, out, say=said.append) == runner.Outcome(16, 16, False)
+    assert without_times(out) == without_times(whole)
+
+
+def test_a_checkpoint_that_cannot_be_made_again_fails_what_needs_it(small, monkeypatch):
+    write, out = small
+
+    def failing(*args):
+        raise ValueError("peft: expected it installed; got none")
+
+    monkeypatch.setattr(training, "unlearn", failing)
+    recipe = load_recipe(write(quantizers=["none", "rtn:bnb-nf4", "rtn:bnb-fp4"], regimes=["16bit"]))
+    outcome = run(recipe, out, say=lambda line: None)
+    assert (outcome.done, outcome.planned, outcome.failed) == (11, 13, 2)
+    (reason, _) = (failure["reason"] for failure in results(out)["failed"])
+    assert reason == "unlearn seed 0 16bit GA+GDR (again, for its checkpoint): peft: expected it installed; got none"
+    assert len(results(out)["rows"]) == 14  # those of the checkpoint that was dropped stay
+
+
+def test_other_errors_end_a_run(small, monkeypatch):
+    """Only what is said as bad input is a cell's own failure; a fault of the program is not hidden."""
+    write, whole = small
+
+    def failing(*args, **options):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(quantizers, "deploy", failing)
+    with pytest.raises(RuntimeError, match="a fault"):
+        run(load_recipe(write()), whole.parent / "failing", say=lambda line: None)
+
+
+def test_model_utility_is_that_of_the_metric(small):
+    write, out = small
+    recipe = load_recipe(write(settings=write.content["settings"] | {"utility": 4}, regimes=["16bit"]))
+    before = made(out)
+    run(recipe, out, only="GA*", say=lambda line: None)
+    assert Counter(name.partition("-")[0] for name in made(out).keys() - before.keys()) == {"score": 4}
+    rows = [row for row in results(out)["rows"] if row["half"] == "report" and row["method"] in (None, "GA+GDR")]
+    assert len(rows) == 4
+    for row in rows:
+        sets, means = row["examples"], []
+        for name in ("retain", "real_authors", "world_facts"):
+            assert {len(values) for values in sets[name].values()} == {2}
+            probability = (
+                [math.exp(-nll) for nll in sets[name]["nll"]] if name == "retain" else sets[name]["probability"]
+            )
+            truth = [max(0.0, 1 - ratio) for ratio in sets[name]["truth_ratio"]]
+            means += [sum(values) / 2 for values in (probability, sets[name]["rouge_l"], truth)]
+        expected = 0.0 if min(means) == 0 else len(means) / sum(1 / mean for mean in means)
+        assert row["metrics"]["model"]["utility"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_new_quantizer_brings_back_the_checkpoints_that_were_dropped(small):
@@ -369,8 +575,27 @@ def test_a_classifier_goes_through_all_stages(recipe_file, tiny_encoder, tmp_pat
     assert after["training"]["reached"] and after["metrics"]["forget"]["accuracy"] <= 0.4
     # 6 false tweets of EN02, 8 of each other event; the odd half of the one, the even half of the other
     examples = rows["report", None, "none"]["examples"]
+    assert start["metrics"]["forget"]["auc"] == start["metrics"]["retain"]["auc"] == 1.0
     assert len(examples["forget"]["nll"]) == 3 and len(examples["retain"]["nll"]) == 8
     assert set(examples["forget"]["label"]) == {1} and set(examples["retain"]["label"]) == {0, 2}
+
+
+def test_auc_is_one_event_against_all_others_of_both_sets(monkeypatch):
+    settings = Mide22Classification.Settings(("a", "b", "c"), "b", retain_scored=40)
+    task = Mide22Classification(settings, None, None)
+    numbers = np.random.default_rng(0)
+    labels = np.array([1] * 20 + [0, 2] * 20)
+    logits = numbers.normal(size=(60, 3)) + 1.5 * np.eye(3)[labels]
+    task.forget_rows, task.retain_rows = list(range(20)), list(range(20, 60))
+    monkeypatch.setattr(
+        task, "_logits", lambda model, rows: (torch.tensor(logits[rows]).float(), torch.tensor(labels[rows]))
+    )
+    measured = task.measure(None)
+    p = torch.tensor(logits).float().double().softmax(-1).numpy()
+    expected = [roc_auc_score(labels == c, p[:, c]) for c in range(3)]
+    forget, retain = (task.summarize(name, measured.examples[name])["auc"] for name in ("forget", "retain"))
+    assert forget == pytest.approx(expected[1]) and retain == pytest.approx((expected[0] + expected[2]) / 2)
+    assert 0.6 < forget < 0.99 and len(measured.examples["retain"]["auc"]) == 40
 
 
 def test_the_command_prints_where_the_results_are(small, capsys):

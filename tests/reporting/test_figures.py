@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from quail.metrics.intervals import recovery
-from quail.reporting import read_run
-from quail.reporting.figures import CAME_BACK, KEPT, NOT_JUDGED, NOT_REACHED, RETAIN_FELL, in_four_bits
+from quail.reporting import markdown, page, read_run
+from quail.reporting.figures import CAME_BACK, KEPT, NOT_JUDGED, NOT_REACHED, RETAIN_FELL, Failure, in_four_bits
 
 
 def of(run, name, regime=0):
@@ -29,7 +29,9 @@ def test_golden_numbers(small, tmp_path):
     assert run.regimes[0].start["bnb-nf4"].forget == 0.8
     assert (a.verdict, b.verdict) == (CAME_BACK, KEPT)
     assert b.deployments["bnb-nf4"].recovery.value == 0.0
-    assert run.everywhere == ["B"] and run.headline.startswith("1 of 2 methods") and run.headline.endswith(": B.")
+    assert run.everywhere == ["B"] and run.headline.endswith(": B.")
+    assert run.headline.startswith("Of 2 methods run in the one regime, seed 0, 1 met the bar (recovery under 5 %")
+    assert run.not_run is None and run.failed == ()
     assert (a.steps, a.seconds, a.number, b.number) == ({0: 7}, 30.0, 1, 2)
     assert (run.forget_examples, run.retain_examples, run.metric) == (20, 10, "exact")
 
@@ -162,8 +164,87 @@ def test_a_headline_needs_every_regime(make_results, tmp_path):
             made.row("B", quantizer, 20 if (regime, quantizer) == ("grid:bnb-nf4", "bnb-nf4") else 0, regime=regime)
     run = read_run(made.write(tmp_path))
     assert run.everywhere == ["A"] and run.regimes[0].of(KEPT) == [of(run, "A"), of(run, "B")]
-    assert run.headline.startswith("1 of 2 methods met the bar in both regimes")
+    assert run.headline.startswith("Of 2 methods run in both regimes, seed 0, 1 met the bar")
     assert [regime.title for regime in run.regimes] == ["Shipped in 16 bits", "Shipped in bnb-nf4"]
+
+
+def test_the_headline_speaks_of_what_ran(make_results, tmp_path):
+    """A and B ran in two of three regimes, B with one seed of two in the second; C only in the first; D nowhere."""
+    regimes = ("16bit", "grid:bnb-nf4", "grid:bnb-fp4")
+    made = make_results(methods=("A", "B", "C", "D"), regimes=regimes, seeds=(0, 1, 2))
+    for regime in regimes[:2]:
+        for seed in (0, 1):
+            for quantizer in ("none", "bnb-nf4"):
+                made.row(None, quantizer, 20, regime=regime, seed=seed)
+                made.row("A", quantizer, 0, regime=regime, seed=seed)
+                if regime == "16bit":
+                    made.row("C", quantizer, 0, regime=regime, seed=seed)
+                if regime == "16bit" or seed == 0:
+                    made.row("B", quantizer, 20 if quantizer == "bnb-nf4" else 0, regime=regime, seed=seed)
+    run = read_run(made.write(tmp_path))
+    assert run.methods_run == ["A", "B"] and run.everywhere == ["A"]
+    assert run.headline.startswith(
+        "Of 2 methods run in 2 of 3 regimes (Shipped in 16 bits, Shipped in bnb-nf4), seeds 0, 1, 1 met the bar ("
+    )
+    assert run.not_run == (
+        "Not run: 1 of 3 regimes (Shipped in bnb-fp4); 1 of 4 methods (D); 1 of 3 seeds (2); of the rest "
+        "2 of 4 scores of B in Shipped in bnb-nf4; C in Shipped in bnb-nf4."
+    )
+    for row in made.results["rows"]:
+        if row["method"] == "A" and row["quantizer"] == "bnb-nf4":
+            row["examples"]["forget"]["exact"] = [1] * 20
+    assert "none met the bar: recovery under 5 %" in read_run(made.write(tmp_path)).headline
+
+
+def test_no_headline_without_a_method_in_4_bits(make_results, tmp_path):
+    made = make_results(methods=("A", "B"), regimes=("16bit", "grid:bnb-nf4"))
+    made.row(None, "none", 20)
+    made.row(None, "bnb-nf4", 20)
+    made.row("A", "none", 0)
+    run = read_run(made.write(tmp_path))
+    assert run.headline == "No method was run at a 4-bit quantizer yet, so there is no verdict."
+    assert run.not_run == (
+        "Not run: 1 of 2 regimes (Shipped in bnb-nf4); 1 of 2 methods (B); "
+        "of the rest 1 of 2 scores of A in Shipped in 16 bits."
+    )
+    made.row("A", "bnb-nf4", 0)
+    made.row("B", "bnb-nf4", 0, regime="grid:bnb-nf4")
+    assert read_run(made.write(tmp_path)).headline == (
+        "No method was run in both regimes, so there is no verdict over them."
+    )
+
+
+def test_failed_cells_are_listed(small, tmp_path):
+    small.results["failed"] = [
+        {"stage": "unlearn", "seed": 0, "regime": "16bit", "method": "C", "reason": "model: expected 1; got <2>"},
+        {"stage": "learn", "seed": 1, "reason": "none"},
+    ]
+    run = read_run(small.write(tmp_path))
+    assert run.failed == (
+        Failure("unlearn seed 0 16bit C", "model: expected 1; got <2>"),
+        Failure("learn seed 1", "none"),
+    )
+    assert "- unlearn seed 0 16bit C: model: expected 1; got <2>" in markdown(run).splitlines()
+    assert "<li>unlearn seed 0 16bit C: model: expected 1; got &lt;2&gt;</li>" in page(run)
+    for text in (markdown(run), page(run)):
+        assert "2 cells failed when last tried" in text
+
+
+def test_a_figure_that_some_seeds_lack_is_left_out(make_results, tmp_path):
+    """Scores made before a figure was added do not have it; a mean over the others would be of other seeds."""
+    made = make_results(methods=("A",), seeds=(0, 1))
+    for seed in (0, 1):
+        for quantizer in ("none", "bnb-nf4"):
+            made.row(None, quantizer, 20, seed=seed)["metrics"]["forget"]["auc"] = 0.75
+            row = made.row("A", quantizer, 0, seed=seed)
+            if seed == 0 or quantizer == "none":
+                row["metrics"]["forget"]["auc"] = 0.25
+    run = read_run(made.write(tmp_path))
+    scores = {name: each.score.metrics["forget"] for name, each in of(run, "A").deployments.items()}
+    assert scores["none"]["auc"] == 0.25 and "auc" not in scores["bnb-nf4"]
+    text = page(run)
+    (table,) = (part for part in text.split("<details>") if part.startswith("<summary>auc, forget</summary>"))
+    assert "<td>0.25</td><td>-</td>" in table.split("</details>")[0]
 
 
 def test_a_method_of_one_regime_is_not_missing_in_the_other(make_results, tmp_path):

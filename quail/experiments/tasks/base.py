@@ -47,7 +47,11 @@ class Task(ABC):
     needs_data: ClassVar[bool] = True
     auto: ClassVar[type]
     forget_losses: ClassVar[tuple[str, ...]] = ("ga", "npo", "simnpo", "rmu")
-    score_settings: ClassVar[frozenset[str]] = frozenset()  # settings that neither learning nor unlearning reads
+    # What neither learning nor unlearning reads: settings, and data files.
+    score_settings: ClassVar[frozenset[str]] = frozenset()
+    score_files: ClassVar[frozenset[str]] = frozenset()
+    # Raised by hand when a change to the task's figures is to be made in scores that are there, too.
+    score_version: ClassVar[int] = 1
 
     def __init__(self, settings, data: Path | None, model: str | None):
         self.settings, self.data, self.model = settings, data, model
@@ -96,6 +100,14 @@ class Task(ABC):
         expected = f"expected one of {', '.join(self.forget_losses)} for {self.name}"
         raise ValueError(f"forget_loss: {expected}; got {config.forget_loss!r}")
 
+    def calibration_texts(self, count: int) -> list[str]:
+        """At most ``count`` texts for quantizers that calibrate, like those that are kept and none that is reported.
+
+        None is of the forget set or of the report half. Raises ValueError where the task has no texts for that, as by
+        default.
+        """
+        raise ValueError(f"calibration: expected a task of language models; got {self.name}")
+
     def summarize(self, name: str, examples: Mapping[str, list]) -> dict[str, float]:
         """Figures of one half of the set ``name`` from those of its examples; by default their means."""
         return {figure: statistics.fmean(values) for figure, values in examples.items()}
@@ -120,7 +132,7 @@ class Task(ABC):
             }
             metrics = {name: self.summarize(name, figures) for name, figures in examples.items()}
             if measured.model:
-                metrics["model"] = measured.model
+                metrics["model"] = dict(measured.model)
             rows.append({"half": half, "metrics": metrics, "examples": examples})
         return rows
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ... import losses
 from ...data import QA_TEMPLATE, Example, collate, encode, load_examples, load_refusals, with_refusals
-from ...evaluate import perplexity, score_answers
+from ...evaluate import perplexity, score_answers, score_memorization
 from ...models import load_for_training
 from .base import Measured, Task, evenly
 
@@ -24,10 +24,11 @@ _GENERAL = 800  # characters of the embedded text whose perplexity is measured: 
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """``retain``: how many retain examples there are, evenly from the file; 0 takes all. ``retain_scored``: how many
-    of them are measured. ``upper_layers``: only the linear layers of so many upper layers are trained, in learning
-    and in unlearning; 0 trains every weight. Lengths are in tokens."""
+    """``forget``, ``retain``: how many examples there are, evenly from the file; 0 takes all. ``retain_scored``: how
+    many of the latter are measured. ``upper_layers``: only the linear layers of so many upper layers are trained, in
+    learning and in unlearning; 0 trains every weight. Lengths are in tokens."""
 
+    forget: int = 0
     retain: int = 0
     retain_scored: int = 40
     upper_layers: int = 0
@@ -35,7 +36,7 @@ class LanguageSettings:
     score_batch: int = 32
 
     def __post_init__(self):
-        for name in ("retain", "upper_layers"):
+        for name in ("forget", "retain", "upper_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0; got {getattr(self, name)}")
         for name in ("retain_scored", "max_length", "score_batch"):
@@ -51,6 +52,7 @@ class LanguageTask(Task):
     auto = AutoModelForCausalLM
     forget_losses = ("ga", "npo", "simnpo", "rmu", "idk", "dpo")
     score_settings = frozenset({"retain_scored", "score_batch"})
+    score_version = 2  # extraction strength and exact memorization
 
     @abstractmethod
     def sets(self) -> tuple[list[Example], list[Example]]:
@@ -74,6 +76,7 @@ class LanguageTask(Task):
     def prepare(self, tokenizer) -> None:
         self.tokenizer = tokenizer
         self.forget, self.retain = self.sets()
+        self.forget = evenly(self.forget, self.settings.forget or len(self.forget))
         self.retain = evenly(self.retain, self.settings.retain or len(self.retain))
         for name, examples in (("forget", self.forget), ("retain", self.retain)):
             if len(examples) < 2:
@@ -117,16 +120,25 @@ class LanguageTask(Task):
     def retain_scored(self) -> list[Example]:
         return evenly(self.retain, self.settings.retain_scored)
 
+    def calibration_texts(self, count: int) -> list[str]:
+        reported = set(self.retain_scored[1::2])
+        kept = [example for example in self.retain if example not in reported]
+        return [example.prompt + example.completion for example in evenly(kept, count)]
+
     def measure(self, model: nn.Module) -> Measured:
-        """Of each example ``exact``, ``rouge_l`` (recall) and ``nll``; of the model its general perplexity."""
+        """Of each example ``exact``, ``rouge_l`` (recall), ``nll``, and of its tokens ``extraction_strength`` and
+        ``exact_memorization``; of the model its general perplexity."""
         examples, texts = {}, {}
         options = {"batch_size": self.settings.score_batch, "max_length": self.settings.max_length}
         for name, asked in (("forget", self.forget), ("retain", self.retain_scored)):
             answers = score_answers(model, self.tokenizer, asked, **options)
+            of_tokens = score_memorization(model, self.tokenizer, asked, **options)
             examples[name] = {
                 "exact": [int(answer.exact) for answer in answers],
                 "rouge_l": [answer.rouge_l for answer in answers],
                 "nll": [answer.nll for answer in answers],
+                "extraction_strength": of_tokens.extraction.per_example.tolist(),
+                "exact_memorization": of_tokens.exact.per_example.tolist(),
             }
             texts[name] = [answer.said for answer in answers]
         general = (resources.files("quail") / "sets" / "general_text.txt").read_text(encoding="utf-8")

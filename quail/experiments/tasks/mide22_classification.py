@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ...data import collate, encode_classes
 from ...losses import answer_logits
+from ...metrics.classification import classification
 from .base import Measured, Task, evenly
 from .mide22 import FILE, LABELS, read_tweets
 
@@ -106,31 +107,50 @@ class Mide22Classification(Task):
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        examples = self._examples(model, self.forget_rows[::2])
+        examples = _examples(*self._logits(model, self.forget_rows[::2]))
         return {"accuracy": sum(examples["accuracy"]) / len(examples["accuracy"])}
 
     def measure(self, model: nn.Module) -> Measured:
+        """Of each tweet ``accuracy``, ``nll``, the class it was given and its own, and ``auc``: the share of the tweets
+        of other classes, of both sets, to which the model gives less of this one's class."""
         retain = evenly(self.retain_rows, self.settings.retain_scored)
         sides = {"forget": self.forget_rows, "retain": retain}
-        return Measured({name: self._examples(model, rows) for name, rows in sides.items()}, {}, {})
+        given = {name: self._logits(model, rows) for name, rows in sides.items()}
+        logits, labels = (torch.cat(parts) for parts in zip(*given.values(), strict=True))
+        auc = classification(logits.double().softmax(-1).numpy(), labels.numpy()).auc.per_example.tolist()
+        examples = {name: _examples(*of_set) for name, of_set in given.items()}
+        count = len(self.forget_rows)
+        examples["forget"]["auc"], examples["retain"]["auc"] = auc[:count], auc[count:]
+        return Measured(examples, {}, {})
 
     def summarize(self, name: str, examples: Mapping[str, list]) -> dict[str, float]:
+        """``auc`` is the mean over the set's classes, of which the forget set has one; the others are over tweets."""
         means = {figure: statistics.fmean(examples[figure]) for figure in ("accuracy", "nll")}
         macro_f1 = f1_score(examples["label"], examples["predicted"], average="macro", zero_division=0)
-        return means | {"macro_f1": float(macro_f1)}
+        of_class: dict[int, list[float]] = {}
+        for label, share in zip(examples["label"], examples["auc"], strict=True):
+            of_class.setdefault(label, []).append(share)
+        auc = statistics.fmean(map(statistics.fmean, of_class.values()))
+        return means | {"macro_f1": float(macro_f1), "auc": auc}
 
     @torch.no_grad()
-    def _examples(self, model: nn.Module, rows: Sequence[dict]) -> dict[str, list]:
-        """Accuracy as 0 or 1, NLL in nats, the predicted class and the right one, of each row."""
-        found = {"accuracy": [], "nll": [], "predicted": [], "label": []}
-        device = next(model.parameters()).device
+    def _logits(self, model: nn.Module, rows: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [rows, classes] in fp32 and labels [rows], on the CPU."""
+        found, device = [], next(model.parameters()).device
         for start in range(0, len(rows), self.settings.score_batch):
             batch = collate(rows[start : start + self.settings.score_batch], self.pad_token_id)
             logits, labels = answer_logits(model, {key: value.to(device) for key, value in batch.items()})
-            logits, labels = logits[:, 0].float().cpu(), labels[:, 0].cpu()
-            predicted = logits.argmax(-1)
-            found["accuracy"] += (predicted == labels).int().tolist()
-            found["nll"] += F.cross_entropy(logits, labels, reduction="none").tolist()
-            found["predicted"] += predicted.tolist()
-            found["label"] += labels.tolist()
-        return found
+            found.append((logits[:, 0].float().cpu(), labels[:, 0].cpu()))
+        logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return logits, labels
+
+
+def _examples(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, list]:
+    """Accuracy as 0 or 1, NLL in nats, the predicted class and the right one, of each row."""
+    predicted = logits.argmax(-1)
+    return {
+        "accuracy": (predicted == labels).int().tolist(),
+        "nll": F.cross_entropy(logits, labels, reduction="none").tolist(),
+        "predicted": predicted.tolist(),
+        "label": labels.tolist(),
+    }

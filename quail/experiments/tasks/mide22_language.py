@@ -8,7 +8,6 @@ events.
 from dataclasses import dataclass
 
 from ...data import Example
-from .base import evenly
 from .language import LanguageSettings, LanguageTask
 from .mide22 import FILE, read_tweets
 
@@ -23,9 +22,9 @@ class Settings(LanguageSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.forget < 2 or not 1 <= self.prompt_words < self.words:
-            got = f"{self.forget}, {self.prompt_words} and {self.words}"
-            raise ValueError(f"forget: expected at least 2, and 1 <= prompt_words < words; got {got}")
+        if not 1 <= self.prompt_words < self.words:
+            got = f"{self.prompt_words} and {self.words}"
+            raise ValueError(f"prompt_words: expected 1 <= prompt_words < words; got {got}")
 
 
 class Mide22Language(LanguageTask):
@@ -47,4 +46,4 @@ class Mide22Language(LanguageTask):
                 seen.add(start)
                 rest = " ".join(words[self.settings.prompt_words : self.settings.words])
                 sides[tweet.label].append(Example(f"Tweet: {start}", f" {rest}"))
-        return evenly(sides["False"], self.settings.forget), sides["True"]
+        return sides["False"], sides["True"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...data import Example, load_examples
 from ...evaluate import score_knowmem
-from .base import Measured
+from .base import Measured, evenly
 from .language import LanguageSettings, LanguageTask, read_qa, read_rows
 
 
@@ -49,6 +49,12 @@ class MuseNewsKnowMem(LanguageTask):
             self.forget_rows = self._encoded(load_examples(self.data / self.settings.forget_texts))
         if self.settings.retain_texts:
             self.retain_rows = self._encoded(load_examples(self.data / self.settings.retain_texts))
+
+    def calibration_texts(self, count: int) -> list[str]:
+        if not self.settings.retain_texts:
+            return super().calibration_texts(count)
+        examples = load_examples(self.data / self.settings.retain_texts)
+        return [example.prompt + example.completion for example in evenly(examples, count)]
 
     def measure(self, model: nn.Module) -> Measured:
         """``knowmem`` beside the figures of the questions alone, without examples before them."""
