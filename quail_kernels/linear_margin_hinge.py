@@ -45,9 +45,9 @@ from .margin_hinge import (
     _as_3d,
     _check_label_range,
     _check_options,
-    _margin_hinge_bwd_torch,
+    _margin_hinge_bwd_cpu,
     _margin_hinge_bwd_triton,
-    _margin_hinge_fwd_torch,
+    _margin_hinge_fwd_cpu,
     _margin_hinge_fwd_triton,
     _row_chunks,
 )
@@ -313,7 +313,7 @@ class _Kernels(NamedTuple):
     epilogue_bwd: Callable
 
 
-_TORCH = _Kernels(_margin_hinge_fwd_torch, _margin_hinge_bwd_torch, _epilogue_fwd_torch, _epilogue_bwd_torch)
+_TORCH = _Kernels(_margin_hinge_fwd_cpu, _margin_hinge_bwd_cpu, _epilogue_fwd_torch, _epilogue_bwd_torch)
 _TRITON = _Kernels(_margin_hinge_fwd_triton, _margin_hinge_bwd_triton, _epilogue_fwd_triton, _epilogue_bwd_triton)
 
 

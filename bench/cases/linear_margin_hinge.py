@@ -42,8 +42,11 @@ def _log_probs(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _gamma(norm: str, vocabulary: int) -> float:
-    """The weight of the hinge that makes its gradient about as long as that of the log-probabilities."""
-    return vocabulary**0.5 if norm == "per_logit" else 1.0
+    """The weight of the hinge that makes its gradient about as long as that of the log-probabilities.
+
+    A label's is that of its log-probability, or minus that: of half of it something is left, which can be checked.
+    """
+    return {"per_logit": vocabulary**0.5, "label": 0.5}.get(norm, 1.0)
 
 
 def _step(loss: Callable, hidden: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor, norm: str) -> tuple:
