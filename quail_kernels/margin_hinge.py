@@ -173,7 +173,9 @@ def _margin_hinge_bwd_torch(
         elif norm == "linf":
             g = (-weight * _sign_or_nan(d)).masked_fill((e < above) & (e > below), 0)
         else:
-            g = torch.zeros_like(z).scatter_(1, labels[rows].where(kept, 0)[:, None], -weight)
+            # A label may lie outside: of blocks of the vocabulary one has it.
+            vocab = torch.arange(z.shape[1], device=z.device)
+            g = torch.where(vocab == labels[rows, None], -weight, 0)
         if space == "log_probs":
             g -= (z - lse).exp_().mul_(slope)
         out3[b, tokens] = g.mul_(grad_hinge[rows, None])
