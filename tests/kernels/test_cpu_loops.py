@@ -12,7 +12,17 @@ from awkward_weights import awkward, gaussian
 from hypothesis import HealthCheck, given, settings
 from weight_cases import LAYOUTS, laid_out, same_bits
 
-from quail_kernels import FORMATS, bucket_compare, cpu, dequantize, fake_quant, get_format, logit_margin_hinge, quantize
+from quail_kernels import (
+    FORMATS,
+    bucket_compare,
+    cpu,
+    dequantize,
+    fake_quant,
+    get_format,
+    linear_logit_margin_hinge,
+    logit_margin_hinge,
+    quantize,
+)
 from quail_kernels.formats import WEIGHT_DTYPES
 from quail_kernels.margin_hinge import NORMS, SPACES
 from quail_kernels.update_comparison import compare_updates
@@ -237,6 +247,27 @@ def test_the_hinge_hides_no_nan_and_no_infinity(anything, norm, space, bad):
     torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert share == expected_share
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_linear_hinge_in_blocks_of_the_vocabulary(anything, norm, space):
+    """A label lies in one of the blocks, and outside the others."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, ref_hidden = (torch.randn(40, 16, generator=generator) for _ in range(2))
+    weight, ref_weight = (torch.randn(300, 16, generator=generator) / 4 for _ in range(2))
+    labels = torch.randint(300, (40,), generator=generator)
+    labels[3] = -100
+    options = {"norm": norm, "space": space, "margin": {"l2": 30.0, "linf": 6.0}.get(norm, 1.0), "chunk_tokens": 16}
+    found = []
+    for compiled in (True, False):
+        anything(compiled)
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, log_probs, *_ = linear_logit_margin_hinge(*leaves, ref_hidden, ref_weight, labels, **options)
+        found.append((loss.detach(), *torch.autograd.grad(loss + log_probs.sum() / 100, leaves)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert found[0][0] > 0
 
 
 def test_exponentials():
