@@ -355,7 +355,7 @@ def _bucket_compare_fwd_kernel(
     """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of
     ``n_steps`` tiles of two thousand pairs or more, and 4 a group with PER_GROUP.
 
-    On sm_90 with Triton 3.7 a pair takes about 57 instructions (bucket_compare ct-int4-sym bf16 own), about 72
+    On sm_90 with Triton 3.7 a pair takes about 56 instructions (bucket_compare ct-int4-sym bf16 own), about 72
     instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 56 instructions (bucket_compare ct-int4-sym fp32
     own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory. Of the
     57, by opcode and roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and
