@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-_LIBRARIES = ("triton", "numpy", "pytest", "bitsandbytes", "torchao", "liger-kernel")
+_LIBRARIES = ("triton", "numpy", "numba", "pytest", "bitsandbytes", "torchao", "liger-kernel")
 _SMI = (
     *("driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "clocks.mem"),
     *("power.limit", "temperature.gpu", "ecc.mode.current", "mig.mode.current", "persistence_mode"),
