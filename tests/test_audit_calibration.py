@@ -334,11 +334,16 @@ def test_json_has_it_only_where_it_was_asked_for(pair, report):
     assert "outputs" not in plain.to_markdown() and "outputs" not in plain.to_html()
 
 
-def test_markdown_has_it_first_and_fits_a_terminal(report):
+def test_markdown_has_the_best_predictor_first_then_the_outputs_and_fits_a_terminal(report):
     lines = report.to_markdown().splitlines()
     assert [line for line in lines if len(line) > 80 and not line.startswith(("- BEFORE", "- AFTER"))] == []
     tables = [line for line in lines if line.startswith("| recipe")]
-    assert "SNR" in tables[0] and "cosine" in tables[0]
+    assert [cell.strip() for cell in tables[0].split("|")][1:3] == ["recipe", "cosine"]
+    cosine = report.formats["bnb-nf4"].figures.delivered_cosine
+    assert f"{cosine:.2g}" == lines[lines.index(tables[0]) + 2].split("|")[2].strip()
+    assert "SNR" in tables[1] and "cosine" in tables[1]
+    headings = re.findall("<h2>(.*?)</h2>", report.to_html())
+    assert headings[:2] == ["By recipe", "The update in the layers' outputs"]
     by_layer = next(i for i, line in enumerate(lines) if line.startswith("| layer"))
     figures = next(row.figures for row in report.calibration.layers if row.format == "bnb-nf4")
     shown = f"{10 * math.log10(figures.output_snr_median):.1f}/{10 * math.log10(figures.output_snr_min):.1f}"

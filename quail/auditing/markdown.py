@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from quail_kernels import get_format
 
-from .figures import AuditReport, Calibration, Row, count, percent
+from .figures import AuditReport, Calibration, Figures, FormatRow, Row, count, percent
 
 _COLUMNS, _LISTED = 80, 8
 
@@ -24,6 +24,9 @@ def _lines(report: AuditReport) -> Iterator[str]:
     stored = " and ".join(dict.fromkeys(", ".join(side) for side in (report.stored_before, report.stored_after)))
     yield from _wrap(f"- compared in {report.dtype}, as a deployment loads them; stored as {stored}", indent="  ")
     yield from _wrap(f"- linear weights chosen by {report.selected_by}", indent="  ")
+    rows = [(str(get_format(row.format)), row.figures, row) for row in report.formats.values()]
+    yield ""
+    yield from _delivered(rows)
     if report.calibration is not None:
         yield from _outputs(report.calibration)
     yield ""
@@ -31,7 +34,6 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield ""
     yield "Changed by the update, in % of the weights compared:"
     yield ""
-    rows = [(str(get_format(row.format)), row.figures, row) for row in report.formats.values()]
     yield from _table(
         ("recipe", "weights", "codes", "flip law", "values", "codes B", "values B"),
         [
@@ -53,33 +55,6 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield from _wrap(
         "codes: in another bucket, with each side's own scales; flip law: what mean min(dw/s, 1) expects "
         "of it; values: another dequantized value; B: on BEFORE's grid."
-    )
-    yield ""
-    yield "Delivered of the update dw, as the change dq of the deployed values:"
-    yield ""
-    yield from _table(
-        ("recipe", "share %", "cosine", "dq/dw", "lost", "layers", "p50", "p99"),
-        [
-            (
-                recipe,
-                _or_dash(figures.delivered_share, percent),
-                _or_dash(figures.delivered_cosine, _short),
-                _or_dash(figures.delivered_norm, _short),
-                str(row.lost_tensors),
-                str(len(row.lost_layers)),
-                _short(figures.step_share_p50),
-                _short(figures.step_share_p99),
-            )
-            if figures
-            else (recipe, "")
-            for recipe, figures, row in rows
-        ],
-    )
-    yield ""
-    yield from _wrap(
-        "share: what arrives along the direction of dw; cosine: how far it stands out of the noise of rounding; "
-        "dq/dw: of their norms; lost: tensors, and whole layers, with an update that no weight's code shows; p50, p99: "
-        "quantiles of dw over the step s, up to 2."
     )
     yield ""
     yield "The update dw against the step s:"
@@ -138,6 +113,37 @@ def _lines(report: AuditReport) -> Iterator[str]:
         yield from _wrap(f"- {f'{format}: ' if format else ''}{reason}: {what}", indent="  ")
     if not groups:
         yield "- nothing was left out"
+
+
+def _delivered(rows: list[tuple[str, Figures | None, FormatRow]]) -> Iterator[str]:
+    """First, since its first column is what foretold best how much comes back: README.md beside this file has it."""
+    yield "Delivered of the update dw, as the change dq of the deployed values:"
+    yield ""
+    yield from _table(
+        ("recipe", "cosine", "share %", "dq/dw", "lost", "layers", "p50", "p99"),
+        [
+            (
+                recipe,
+                _or_dash(figures.delivered_cosine, _short),
+                _or_dash(figures.delivered_share, percent),
+                _or_dash(figures.delivered_norm, _short),
+                str(row.lost_tensors),
+                str(len(row.lost_layers)),
+                _short(figures.step_share_p50),
+                _short(figures.step_share_p99),
+            )
+            if figures
+            else (recipe, "")
+            for recipe, figures, row in rows
+        ],
+    )
+    yield ""
+    yield from _wrap(
+        "cosine: between dw and dq, how far the update stands out of the noise of rounding; the lower, the likelier "
+        "that what was unlearned comes back. share: what arrives along the direction of dw; dq/dw: of their norms; "
+        "lost: tensors, and whole layers, with an update that no weight's code shows; p50, p99: quantiles of dw over "
+        "the step s, up to 2."
+    )
 
 
 def _outputs(calibration: Calibration) -> Iterator[str]:

@@ -21,6 +21,7 @@ def _lines(report: AuditReport) -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>Audit in 4 bits: {escape(report.after)}</title>\n<style>{STYLE}</style>"
     yield "<h1>Audit in 4 bits</h1>"
+    yield from _totals(report)
     if report.calibration is not None:
         yield from _outputs(report.calibration)
     yield f'<p class="verdict">{escape(report.verdict)}</p>'
@@ -33,7 +34,6 @@ def _lines(report: AuditReport) -> Iterator[str]:
     ):
         yield f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>"
     yield "</dl>"
-    yield from _totals(report)
     if report.calibration is not None:
         yield from _output_maps(report.calibration)
     yield from _heat_maps(report)
@@ -44,26 +44,26 @@ def _lines(report: AuditReport) -> Iterator[str]:
 
 def _totals(report: AuditReport) -> Iterator[str]:
     header = (
-        *("recipe", "weights", "codes changed", "flip law", "values changed", "delivered", "cosine", "|dq| / |dw|"),
+        *("recipe", "cosine", "delivered", "|dq| / |dw|", "weights", "codes changed", "flip law", "values changed"),
         *("|dw| < s/2", "on grid", "lost layers", "BEFORE shipped in"),
     )
     rows = []
     for row in report.formats.values():
         name, figures = str(get_format(row.format)), row.figures
         if figures is None:
-            rows.append((name, "0", *[""] * (len(header) - 2)))
+            rows.append((name, *[""] * 3, "0", *[""] * (len(header) - 5)))
             continue
         rows.append(
             (
                 name,
+                _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}"),
+                _or_dash(figures.delivered_share, lambda share: f"{percent(share)} %"),
+                _or_dash(figures.delivered_norm, lambda number: f"{number:.2g}"),
                 count(figures.weights),
                 *(
                     f"{percent(share)} %"
                     for share in (figures.changed_share, figures.predicted_flip_share, 1 - figures.value_overlap)
                 ),
-                _or_dash(figures.delivered_share, lambda share: f"{percent(share)} %"),
-                _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}"),
-                _or_dash(figures.delivered_norm, lambda number: f"{number:.2g}"),
                 f"{percent(figures.share_below_half_step)} %",
                 f"{percent(figures.on_grid_share)} %",
                 str(len(row.lost_layers)),
@@ -74,9 +74,10 @@ def _totals(report: AuditReport) -> Iterator[str]:
     yield from table(header, rows)
     yield (
         '<p class="note">dw: the update; dq: what it changes in the deployed values, each side on its own scales; '
-        "s: the step of the weight's bucket. Delivered: &lt;dw, dq&gt; / |dw|&sup2;, what arrives along the direction "
-        "of the update; the cosine tells how far that stands out of the noise of rounding. Flip law: the mean of "
-        "min(|dw| / s, 1), the share of codes that an update of weights in 16 bits is expected to change.</p>"
+        "s: the step of the weight's bucket. Cosine: between dw and dq, how far the update stands out of the noise of "
+        "rounding; the lower, the likelier that what was unlearned comes back. Delivered: &lt;dw, dq&gt; / |dw|&sup2;, "
+        "what arrives along the direction of the update. Flip law: the mean of min(|dw| / s, 1), the share of codes "
+        "that an update of weights in 16 bits is expected to change.</p>"
     )
 
 
