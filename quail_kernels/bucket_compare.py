@@ -357,9 +357,11 @@ def _bucket_compare_fwd_kernel(
 
     On sm_90 with Triton 3.7 a pair takes about 56 instructions (bucket_compare ct-int4-sym bf16 own), about 72
     instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 56 instructions (bucket_compare ct-int4-sym fp32
-    own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory. Of the
-    57, by opcode and roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and
-    clamping 8, values 5, the three flags 8, counting distances 8, the change and its sums 6, a program's end 3.
+    own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory.
+    Without fewer figures it cannot be otherwise: a pair is rounded twice, and what ``fake_quant`` takes for that,
+    about 17 and about 22 a weight, makes 34 and 43 before anything is compared or counted. Of the 56, by opcode and
+    roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 8,
+    values 5, the three flags 8, counting distances 8, the change and its sums 6, a program's end 3.
     """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,

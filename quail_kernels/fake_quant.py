@@ -243,8 +243,8 @@ def _quantize_fwd_kernel(
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
     weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group.
 
-    On sm_90 about 23 instructions (quantize bnb-nf4 bf16), about 24 instructions (quantize ct-int4-sym bf16); an H100
-    has time for 22 in 2.5 bytes.
+    On sm_90 about 22 instructions (quantize bnb-nf4 bf16), about 20 instructions (quantize ct-int4-sym bf16); an H100
+    has time for 22 in 2.5 bytes. Arithmetic bounds recipes with more of it: FP4's look-up, zero points, E2M1.
     """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
@@ -276,11 +276,15 @@ def _quantize_fwd_kernel(
             tl.store(scales_ptr + 2 * group + 1, aux.to(scales_ptr.dtype.element_ty), mask=is_group)
     pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
     code = tl.where(mask, tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, CODES), PAD_CODE)
-    high, low_nibble = tl.split(code.reshape(1, BLOCK_GROUPS, BLOCK_SIZE // 2, 2))
-    pair = tl.arange(0, BLOCK_SIZE // 2)[None, None, :]
+    PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
+    high, low_nibble = tl.split(code.reshape(BLOCK_PARTS, BLOCK_GROUPS, PART // 2, 2))
+    pair = (tl.arange(0, BLOCK_PARTS) * (PART // 2))[:, None, None] + tl.arange(0, PART // 2)[None, None, :]
     # In pairs and not in weights: the compiler then sees that a thread's bytes are neighbours.
     pairs = group * (GROUP_SIZE // 2) + pair
-    pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
+    if FULL:
+        pair_mask = tl.full(pairs.shape, 1, tl.int1)
+    else:
+        pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
     tl.store(codes_ptr + pairs, (high * 16 + low_nibble).to(tl.uint8), mask=pair_mask)
 
 
@@ -369,7 +373,9 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
         scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     if not n:
         return codes, scales
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout)
+    # Sixteen weights a thread here, too: in parts of fewer, a thread's codes would not be neighbours.
+    parts = min(w.element_size(), -(-(recipe.group_size or tile) // 16))
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout, parts=parts)
     with torch.cuda.device_of(w):
         _quantize_fwd_kernel[_programs(n, constants)](
             codes,

@@ -1,7 +1,7 @@
 """Measures every case for every target and compares it with what budgets.json allows.
 
     python tests/machine_code/budgets.py                      what is over its budget
-    python tests/machine_code/budgets.py --write              every figure as the new budget: review the diff
+    python tests/machine_code/budgets.py --write [REGEX]      every figure as the new budget: review the diff
     python tests/machine_code/budgets.py --table [REGEX]      the cases of these names for sm_90
 
 ``registers`` and ``bits`` (the narrowest access in bulk) stand for each of TARGETS in turn. ``instructions`` are those
@@ -165,6 +165,12 @@ def over_budget(name: str, figures: dict, targets: tuple[str, ...]) -> list[str]
 
 
 def _write(measured: dict[str, dict]) -> None:
+    """What was not measured keeps its budget."""
+    known = _read()
+    kept = {name: known["cases"][name] for name in CASES if name in known["cases"]}
+    faults_of = {name: [fault for fault in known["faults"] if fault.startswith(f"{name} on ")] for name in kept}
+    kept = {name: figures | {"faults": faults_of[name]} for name, figures in kept.items()} | measured
+    measured = {name: kept[name] for name in CASES if name in kept}
     rows = [
         f"  {json.dumps(name)}: {json.dumps({key: figures[key] for key in figures if key != 'faults'})}"
         for name, figures in measured.items()
@@ -180,20 +186,24 @@ def _write(measured: dict[str, dict]) -> None:
     BUDGETS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def _named(pattern: str) -> list[str]:
+    return [name for name in CASES if re.search(pattern, name)]
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="every figure as the new budget")
-    parser.add_argument("--table", nargs="?", const="", metavar="REGEX", help="the figures for sm_90")
+    of_these = {"nargs": "?", "const": "", "metavar": "REGEX"}
+    parser.add_argument("--write", **of_these, help="every figure as the new budget")
+    parser.add_argument("--table", **of_these, help="the figures for sm_90")
     options = parser.parse_args()
     if options.table is not None:
-        names = [name for name in CASES if re.search(options.table, name)]
-        for name, figures in measure_all(names, ("sm_90",)).items():
+        for name, figures in measure_all(_named(options.table), ("sm_90",)).items():
             row = (figures["registers"][0], figures["bits"][0], figures["instructions"])
             time = (figures.get("issue", ""), figures.get("pipes", ""), figures.get("bound", ""))
             print(f"{name:48}", *(f"{cell:>6}" for cell in row + time), "; ".join(figures["faults"]))
         return 0
-    measured = measure_all(list(CASES), tuple(TARGETS))
-    if options.write:
+    measured = measure_all(_named(options.write or ""), tuple(TARGETS))
+    if options.write is not None:
         _write(measured)
         return 0
     lines = [line for figures in measured.values() for line in new_faults(figures)]

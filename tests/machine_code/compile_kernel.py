@@ -272,27 +272,34 @@ def _accesses_in_ptx(ptx: str, pointers: list[str | None], threads: int) -> tupl
     return _by_pointer(((kind == "st", bits, _origin(a, sources, arguments)) for kind, bits, a in found), threads)
 
 
+_LLVM_LABEL = r"([^\s:]+):"
 _LLVM_BITS = {"i8": 8, "i16": 16, "bfloat": 16, "half": 16, "i32": 32, "float": 32, "i64": 64}
 
 
 def _accesses_in_llvm(llvm: str, pointers: list[str | None], threads: int) -> tuple[dict, dict]:
-    """For AMD: the assembler's registers are used over and over, LLVM's values are not."""
+    """For AMD: the assembler's registers are used over and over, LLVM's values are not.
+
+    Of a pointer that a loop accesses, only what the loop does is told: the rest is the edges of a row.
+    """
     sources, arguments, found = {}, {}, []
     body = llvm[llvm.index("define amdgpu_kernel") :]
     header, body = body.split("{", 1)
     names = re.findall(r"[(,] ?(?:ptr|i32|i64|float)[^,]*?(%\w+)(?=[,)])", header)
     arguments = {name: pointer for name, pointer in zip(names, pointers, strict=False) if pointer}
+    repeated, block = _blocks_in_loops(body), ""
     for line in body.splitlines():
+        if label := re.match(_LLVM_LABEL, line):
+            block = label.group(1)
         buffer = re.search(r"buffer\.(load|store)\.(?:v(\d+))?[a-z]*\d+\((.*)", line)
         plain = re.search(r"\b(load|store) (<(\d+) x )?(\w+)\S* .*?ptr addrspace\(1\) (%\w+)", line)
         if buffer and "declare" not in line:
             kind, vector, operands = buffer.groups()
             element = int(re.search(r"buffer\.\w+\.(?:v\d+)?[a-z]*(\d+)\(", line).group(1))
             address = re.search(r"ptr addrspace\(8\) (%\w+)", operands).group(1)
-            found.append((kind, int(vector or 1) * element, address))
+            found.append((kind, int(vector or 1) * element, address, block in repeated))
         elif plain:
             kind, _, vector, element, address = plain.groups()
-            found.append((kind, int(vector or 1) * _LLVM_BITS[element], address))
+            found.append((kind, int(vector or 1) * _LLVM_BITS[element], address, block in repeated))
         elif result := re.match(r"\s+(%\w+) = (?:inttoptr|add|and)\b[a-z ]* i64 (%\w+)\b(?!, %)", line):
             # An address that is rounded up to a boundary.
             sources.setdefault(result.group(1), set()).add(result.group(2))
@@ -300,7 +307,30 @@ def _accesses_in_llvm(llvm: str, pointers: list[str | None], threads: int) -> tu
             is_phi = " phi " in line
             operands = re.findall(r"%\w+" if is_phi else r"^%\w+|(?<=\) )%\w+", result.group(2))
             sources.setdefault(result.group(1), set()).update(operands)
-    return _by_pointer(((kind == "store", bits, _origin(a, sources, arguments)) for kind, bits, a in found), threads)
+    accesses = [(kind == "store", bits, _origin(a, sources, arguments), looped) for kind, bits, a, looped in found]
+    of_loops = {(is_store, pointer) for is_store, _, pointer, looped in accesses if looped}
+    kept = [each[:3] for each in accesses if each[3] or (each[0], each[2]) not in of_loops]
+    return _by_pointer(kept, threads)
+
+
+def _blocks_in_loops(body: str) -> set[str]:
+    """The labels of those basic blocks of LLVM's that can be reached from themselves; the first one has none."""
+    successors, block = {}, ""
+    for line in body.splitlines():
+        if label := re.match(_LLVM_LABEL, line):
+            block = label.group(1)
+        elif re.match(r"\s+(?:br|switch) ", line):
+            successors[block] = re.findall(r"label %([^\s,]+)", line)
+
+    def reached_from(block: str) -> set[str]:
+        reached, ahead = set(), list(successors.get(block, ()))
+        while ahead:
+            if (label := ahead.pop()) not in reached:
+                reached.add(label)
+                ahead += successors.get(label, ())
+        return reached
+
+    return {block for block in successors if block in reached_from(block)}
 
 
 def _by_pointer(accesses, threads: int) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]]]:

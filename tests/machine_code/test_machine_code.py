@@ -18,7 +18,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from budgets import measure_all, new_faults, over_budget, pinned, stale  # noqa: E402
 from cases import CASES  # noqa: E402
-from compile_kernel import TARGETS  # noqa: E402
+from compile_kernel import (
+    TARGETS,  # noqa: E402
+    _blocks_in_loops,
+)
 
 EVERYTHING = os.environ.get("QUAIL_ALL_TARGETS") == "1"
 NAMES = [name for name in CASES if EVERYTHING or "bf16" in name.split()]
@@ -41,3 +44,20 @@ def test_machine_code(name, measured):
 
 def test_budgets_are_of_cases_that_there_are():
     assert stale() == []
+
+
+def test_a_jump_back_in_the_text_is_a_loop_only_where_it_comes_round():
+    body = """
+  br i1 %1, label %early, label %head
+early:                                            ; preds = %last, %0
+  br label %end
+head:                                             ; preds = %tail, %0
+  br i1 %2, label %tail, label %last
+tail:                                             ; preds = %head
+  br i1 %3, label %head, label %last
+last:                                             ; preds = %head, %tail
+  br label %early
+end:                                              ; preds = %early
+  ret void
+"""
+    assert _blocks_in_loops(body) == {"head", "tail"}
