@@ -178,8 +178,13 @@ class Regime:
     audits: tuple[Audit, ...]
     examples: tuple[Example, ...]
 
+    @property
+    def shown(self) -> list[Method]:
+        """Those with a score here; of the others there is nothing to tell but that they were not run."""
+        return [method for method in self.methods if method.seeds]
+
     def of(self, verdict: str) -> list[Method]:
-        return [method for method in self.methods if method.verdict == verdict]
+        return [method for method in self.shown if method.verdict == verdict]
 
 
 @dataclass(frozen=True)
@@ -274,9 +279,9 @@ class Run:
     @property
     def not_run(self) -> str | None:
         """What of the recipe has no figures yet, in one sentence; None where everything has."""
-        titles = [regime.title for regime in self.regimes if not any(m.seeds for m in regime.methods)]
+        titles = [regime.title for regime in self.regimes if not regime.shown]
         started = [regime for regime in self.regimes if regime.title not in titles]
-        with_rows = {method.name for regime in started for method in regime.methods if method.seeds}
+        with_rows = {method.name for regime in started for method in regime.shown}
         names = [name for name in self._methods if name not in with_rows]
         parts = []
         if titles:
@@ -286,17 +291,19 @@ class Run:
         if self.planned_seeds:
             total = len(self.seeds) + len(self.planned_seeds)
             parts.append(f"{len(self.planned_seeds)} of {total} seeds ({', '.join(map(str, self.planned_seeds))})")
-        holes = []
+        whole, holes = [], []  # what is not there at all has no row below: it is named here, however much that is
         for regime in started:
-            for method in regime.methods:
+            lacking = [method.name for method in regime.methods if method.name in with_rows and not method.seeds]
+            if lacking:
+                whole.append(f"{', '.join(lacking)} in {regime.title}")
+            for method in regime.shown:
                 scores = [each.score for each in method.deployments.values()]
                 made, planned = sum(len(score.seeds) for score in scores if score), len(scores) * len(self.seeds)
-                if method.name in with_rows and made < planned:
-                    some = f"{planned - made} of {planned} scores of " if made else ""
-                    holes.append(f"{some}{method.name} in {regime.title}")
-        if holes:
+                if made < planned:
+                    holes.append(f"{planned - made} of {planned} scores of {method.name} in {regime.title}")
+        if whole or holes:
             more = f" and {len(holes) - _HOLES} more" if len(holes) > _HOLES else ""
-            parts.append(f"of the rest {'; '.join(holes[:_HOLES])}{more}")
+            parts.append(f"of the rest {'; '.join([*whole, *holes[:_HOLES]])}{more}")
         return f"Not run: {'; '.join(parts)}." if parts else None
 
     @property

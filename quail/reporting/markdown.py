@@ -44,15 +44,19 @@ def _regime(run: Run, regime: Regime) -> Iterator[str]:
     yield ""
     for sentence in verdict_sentences(run, regime):
         yield from _wrap(f"- {sentence}", "  ")
+    if not regime.shown and not any(regime.start.values()):
+        return
     yield ""
     yield f"{run.metric.capitalize()}, forget / retain:"
     yield ""
     header = ("method", *("full" if name == FULL else f"`{name}`" for name in run.quantizers))
     rows = [("start, nothing forgotten", *(_score(regime.start[name], run) for name in run.quantizers))]
-    for method in regime.methods:
+    for method in regime.shown:
         scores = (method.deployments[name].score for name in run.quantizers)
         rows.append((_name(method), *(_score(score, run) for score in scores)))
     yield from _tables(header, rows)
+    if not regime.shown:
+        return
     quantizers = [name for name in run.quantizers if name != FULL]
     notes = footnotes(regime, quantizers)
     yield ""
@@ -60,7 +64,7 @@ def _regime(run: Run, regime: Regime) -> Iterator[str]:
     yield ""
     rows = [
         (_name(method), *(_recovery(method, method.deployments[name], notes) for name in quantizers))
-        for method in regime.methods
+        for method in regime.shown
     ]
     yield from _tables(("method", *(f"`{name}`" for name in quantizers)), rows)
     if any(method.not_reached for method in regime.methods):

@@ -123,11 +123,15 @@ def _regime(run: Run, regime: Regime) -> Iterator[str]:
     for sentence in verdict_sentences(run, regime):
         yield f"<li>{escape(sentence)}</li>"
     yield "</ul>"
-    yield from _scatters(run, regime)
-    yield from _scores(run, regime)
-    yield from _recovery(run, regime)
+    if regime.shown:
+        yield from _scatters(run, regime)
+    if regime.shown or any(regime.start.values()):
+        yield from _scores(run, regime)
+    if regime.shown:
+        yield from _recovery(run, regime)
     yield from _audits(regime)
-    yield from _examples(run, regime)
+    if regime.shown:
+        yield from _examples(run, regime)
 
 
 def _scatters(run: Run, regime: Regime) -> Iterator[str]:
@@ -174,7 +178,7 @@ def _score_rows(run: Run, regime: Regime, texts: Callable[[Score], tuple[str, ..
 
     first = "".join(cell(regime.start[name]) for name in run.quantizers)
     rows = [f'<tr class="start"><td>start, nothing forgotten</td>{first}</tr>']
-    for method in regime.methods:
+    for method in regime.shown:
         cells = "".join(cell(method.deployments[name].score) for name in run.quantizers)
         rows.append(f"<tr><td>{_name(method)}</td>{cells}</tr>")
     return rows
@@ -182,7 +186,7 @@ def _score_rows(run: Run, regime: Regime, texts: Callable[[Score], tuple[str, ..
 
 def _other_figures(regime: Regime, metric: str) -> dict[str, list[str]]:
     """Each figure but ``metric``, with the sets that have it."""
-    scores = [*regime.start.values(), *(d.score for m in regime.methods for d in m.deployments.values())]
+    scores = [*regime.start.values(), *(d.score for m in regime.shown for d in m.deployments.values())]
     figures: dict[str, dict[str, None]] = {}
     for score in filter(None, scores):
         for name, of_set in score.metrics.items():
@@ -204,7 +208,7 @@ def _recovery(run: Run, regime: Regime) -> Iterator[str]:
     yield from charts.recoveries(run, regime)
     yield "</div>"
     rows = []
-    for method in regime.methods:
+    for method in regime.shown:
         cells = [f"<td>{_name(method)}</td>"]
         cells += [_recovery_cell(method, method.deployments[name], notes) for name in quantizers]
         cells.append(_retain_cell(method))
@@ -227,7 +231,7 @@ def _recovery(run: Run, regime: Regime) -> Iterator[str]:
     yield f"<details><summary>Recovery of {LOSS.upper()}, by the same formula</summary>"
     loss_notes = footnotes(regime, quantizers, of_loss=True)
     rows = []
-    for method in regime.methods:
+    for method in regime.shown:
         cells = [_recovery_cell(method, method.deployments[name], loss_notes, of_loss=True) for name in quantizers]
         rows.append(f"<tr><td>{_name(method)}</td>{''.join(cells)}</tr>")
     yield from _table(("method", *quantizers), rows)
@@ -366,7 +370,7 @@ def _examples(run: Run, regime: Regime) -> Iterator[str]:
         right = "" if example.right is None else f", of class {example.right}"
         yield f"<details><summary>Example {example.place} of {example.of}{escape(right)}</summary>"
         rows = []
-        for who, name in ((None, "start, nothing forgotten"), *((m.name, _label(m)) for m in regime.methods)):
+        for who, name in ((None, "start, nothing forgotten"), *((m.name, _label(m)) for m in regime.shown)):
             given = example.given.get(who, {})
             cells = "".join(_said(given.get(quantizer), example.right) for quantizer in run.quantizers)
             kind = ' class="start"' if who is None else ""

@@ -50,7 +50,10 @@ def failures(run: Run) -> str:
 
 
 def verdict_sentences(run: Run, regime: Regime) -> Iterator[str]:
-    """One sentence for each verdict that a method of the regime has."""
+    """One sentence for each verdict that a method of the regime has, of the methods with a score."""
+    if not regime.shown:
+        yield "No method was run in this regime yet."
+        return
     at = ", ".join(run.four_bits)
     bar, points = f"{100 * LARGEST_RECOVERY:g} %", f"{100 * LARGEST_RETAIN_LOSS:g} points"
     openings = {
@@ -75,7 +78,7 @@ def verdict_sentences(run: Run, regime: Regime) -> Iterator[str]:
 def footnotes(regime: Regime, quantizers: Sequence[str], of_loss: bool = False) -> dict[str, int]:
     """``METHOD at QUANTIZER: reason`` of every cell without an estimate that has a score, numbered from 1."""
     notes: dict[str, int] = {}
-    for method in regime.methods:
+    for method in regime.shown:
         for quantizer in quantizers:
             here = method.deployments[quantizer]
             found, reason = (here.loss_recovery, here.loss_reason) if of_loss else (here.recovery, here.reason)

@@ -188,12 +188,25 @@ def test_the_headline_speaks_of_what_ran(make_results, tmp_path):
     )
     assert run.not_run == (
         "Not run: 1 of 3 regimes (Shipped in bnb-fp4); 1 of 4 methods (D); 1 of 3 seeds (2); of the rest "
-        "2 of 4 scores of B in Shipped in bnb-nf4; C in Shipped in bnb-nf4."
+        "C in Shipped in bnb-nf4; 2 of 4 scores of B in Shipped in bnb-nf4."
     )
     for row in made.results["rows"]:
         if row["method"] == "A" and row["quantizer"] == "bnb-nf4":
             row["examples"]["forget"]["exact"] = [1] * 20
     assert "none met the bar: recovery under 5 %" in read_run(made.write(tmp_path)).headline
+
+
+def test_what_has_no_score_in_a_regime_is_named_however_much_it_is(make_results, tmp_path):
+    """Nowhere else: it has no row below. Scores that only some seeds or quantizers lack are counted."""
+    names = [f"M{i}" for i in range(9)]
+    made = make_results(methods=names, regimes=("16bit", "grid:bnb-nf4"))
+    for name in names:
+        made.row(name, "none", 0)
+    made.row("M0", "none", 0, regime="grid:bnb-nf4")
+    some = "; ".join(f"1 of 2 scores of {name} in Shipped in 16 bits" for name in names[:6])
+    assert read_run(made.write(tmp_path)).not_run == (
+        f"Not run: of the rest {', '.join(names[1:])} in Shipped in bnb-nf4; {some} and 4 more."
+    )
 
 
 def test_no_headline_without_a_method_in_4_bits(make_results, tmp_path):
