@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# In the metric's units. Where less was forgotten, the quotient is huge or reverses what it says.
+SMALLEST_FORGOTTEN = 0.01
+
 _RESAMPLES_AT_ONCE = 500
 
 
@@ -68,7 +71,7 @@ def recovery(
     quantized_original,
     *,
     higher_is_remembered: bool = True,
-    smallest: float = 0.01,
+    smallest: float = SMALLEST_FORGOTTEN,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,

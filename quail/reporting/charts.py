@@ -31,7 +31,7 @@ def scatter(run: Run, regime: Regime, quantizer: str) -> Iterator[str]:
     """Forget against retain of every method: a ring in full precision, an arrow, a mark at ``quantizer``."""
     retained = [
         score.retain
-        for scores in (regime.start, *({n: d.score for n, d in m.deployments.items()} for m in regime.methods))
+        for scores in (regime.start, *({n: d.score for n, d in m.deployments.items()} for m in regime.shown))
         for name in run.quantizers
         if (score := scores.get(name)) is not None and score.retain is not None
     ]
@@ -64,7 +64,7 @@ def scatter(run: Run, regime: Regime, quantizer: str) -> Iterator[str]:
     ways += _along(start, x, y)
     if point := _point(start[1] or start[0], x, y):
         places.append((*point, "start"))
-    for method in regime.methods:
+    for method in regime.shown:
         here = method.deployments[quantizer]
         scores = [method.deployments[name].score if name in method.deployments else None for name in (FULL, quantizer)]
         kind, mark = _kind(here)
@@ -78,7 +78,7 @@ def scatter(run: Run, regime: Regime, quantizer: str) -> Iterator[str]:
 
 def recoveries(run: Run, regime: Regime) -> Iterator[str]:
     """A dot and a whisker for every method at every quantizer, in pictures of a few methods each, one scale for all."""
-    shown = [method for method in regime.methods if any(each.score for each in method.deployments.values())]
+    shown = regime.shown
     known = [
         each.recovery
         for method in shown

@@ -1,4 +1,4 @@
-"""From a run's ``RESULTS.json`` to the numbers that its report shows: of the report half only, every regime by itself.
+"""From a run's ``RESULTS.json`` to the numbers that its report shows: of the report half, every regime by itself.
 
 A cell that has not been run is None throughout, never a number; a recovery without an estimate carries the reason.
 
@@ -7,6 +7,9 @@ forget metric is 5 % or more at a 4-bit quantizer; its *retained knowledge fell*
 than 2 points below that of the same method in full precision; it is *not judged* where a 4-bit quantizer has no score
 or no estimate; it *kept* what was forgotten, and where training ended before the recipe's stop rule was met that is
 said beside it and counts apart. Estimates are judged, and how far up the intervals reach is told with the verdict.
+
+The validation half is for the choice of a method alone. It has means and no examples, so no intervals; how near a
+method comes to the bar there orders the methods, ``Run.selection``, and the report half has no part in that.
 """
 
 import json
@@ -18,13 +21,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..metrics.intervals import Recovery, recovery
+from ..metrics.intervals import SMALLEST_FORGOTTEN, Recovery, recovery
 
 if TYPE_CHECKING:  # it imports torch, which a run without audits does not need
     from ..auditing.predictors import RankCorrelation
 
 SCHEMA = 1
-FULL, HALF = "none", "report"
+FULL = "none"
+HALF, VALIDATION = "report", "validation"
 LARGEST_RECOVERY, LARGEST_RETAIN_LOSS = 0.05, 0.02
 CAME_BACK, RETAIN_FELL, NOT_JUDGED, NOT_REACHED, KEPT = (
     *("came back", "retained knowledge fell", "not judged"),
@@ -38,7 +42,8 @@ _EXAMPLES = 3
 _HOLES = 6  # methods that lack something in a regime; more are only counted
 _FEWEST_CELLS = 5  # of a rank correlation: with fewer an interval tells nothing
 _ROUNDING = 1e-9  # a difference of two means that is 0.02 may be a little more in binary
-_ROW_KEYS = ("regime", "method", "seed", "quantizer", "half", "metrics", "examples")
+_KNOWN = 3  # decimals of what is reckoned from the means of RESULTS.json, which have four significant digits
+_ROW_KEYS = ("regime", "method", "seed", "quantizer", "half", "metrics")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,19 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """What the choice of a method rests on: a deployment on the validation half, from means over the seeds shared.
+
+    ``recovery`` is None where ``reason`` says why; ``retain_loss`` is None where a mean is not there or not finite.
+    Both have three decimals, as the means that they are of are rounded: what differs by less is equal.
+    """
+
+    recovery: float | None
+    reason: str | None
+    retain_loss: float | None
+
+
+@dataclass(frozen=True)
 class Deployment:
     """A method at one precision.
 
@@ -66,6 +84,7 @@ class Deployment:
         reason, loss_reason: why there is no estimate, where there is none.
         retain_loss: the retain metric in full precision minus the one here, over the seeds of both.
         start_retain_loss: the same of the model that had not forgotten anything.
+        validated: on the validation half; None where it has no row there, and in full precision.
     """
 
     quantizer: str
@@ -76,6 +95,7 @@ class Deployment:
     loss_reason: str | None = None
     retain_loss: float | None = None
     start_retain_loss: float | None = None
+    validated: Validated | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,69 @@ class Method:
     @property
     def four_bits(self) -> list[Deployment]:
         return [each for name, each in self.deployments.items() if in_four_bits(name)]
+
+
+@dataclass(frozen=True)
+class Highest:
+    """The highest of several figures, with the quantizer and the title of the regime that have it."""
+
+    value: float
+    quantizer: str
+    regime: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.quantizer}, {self.regime}"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a method gets on one half, over all 4-bit quantizers and all regimes that ran.
+
+    ``recovery`` and ``retain_loss`` are the highest, None where no cell has one. ``holes`` says of every cell that
+    lacks one of them where it is and why; ``cells`` counts all.
+    """
+
+    recovery: Highest | None
+    retain_loss: Highest | None
+    holes: tuple[str, ...]
+    cells: int
+
+    @property
+    def times_bar(self) -> float | None:
+        """The larger of recovery / 5 % and retain loss / 2 points, at least 0: 1 is at the bar, 2 twice as far.
+
+        None with a hole.
+        """
+        if self.holes:
+            return None
+        shares = self.recovery.value / LARGEST_RECOVERY, self.retain_loss.value / LARGEST_RETAIN_LOSS
+        return round(max(0.0, *shares), 6)  # 0.03 / 0.05 and 0.012 / 0.02 differ in binary
+
+    @property
+    def fails(self) -> bool:
+        """Whether a cell is beyond the bar, whatever the holes are: at 5 % of recovery, above 2 points."""
+        back = self.recovery is not None and self.recovery.value >= LARGEST_RECOVERY
+        return back or self.retain_loss is not None and self.retain_loss.value > LARGEST_RETAIN_LOSS + _ROUNDING
+
+    @property
+    def meets(self) -> bool:
+        """Whether every cell is known and none beyond the bar."""
+        return not self.holes and not self.fails
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that could be chosen, on the half that chooses and on the one that reports.
+
+    ``not_reached`` are the seeds in which training ended by steps in a regime that ran.
+    """
+
+    number: int
+    name: str
+    not_reached: tuple[int, ...]
+    validation: Reach
+    report: Reach
 
 
 @dataclass(frozen=True)
@@ -178,8 +261,13 @@ class Regime:
     audits: tuple[Audit, ...]
     examples: tuple[Example, ...]
 
+    @property
+    def shown(self) -> list[Method]:
+        """Those with a score here; of the others there is nothing to tell but that they were not run."""
+        return [method for method in self.methods if method.seeds]
+
     def of(self, verdict: str) -> list[Method]:
-        return [method for method in self.methods if method.verdict == verdict]
+        return [method for method in self.shown if method.verdict == verdict]
 
 
 @dataclass(frozen=True)
@@ -247,6 +335,44 @@ class Run:
         return [name for name in self.methods_run if all(name in of_regime for of_regime in kept)]
 
     @property
+    def selection(self) -> list[Candidate]:
+        """``methods_run`` from the nearest to the bar to the farthest, on the validation half alone.
+
+        By ``Reach.times_bar``, then by the recipe's order; those with a hole there are last, in that order, and not
+        ranked. Empty where none has a row of the validation half.
+        """
+        candidates = [self._candidate(name) for name in self.methods_run]
+        if not any(each.validated for r in self.regimes_run for m in r.methods for each in m.four_bits):
+            return []
+        return sorted(
+            candidates, key=lambda each: (each.validation.holes != (), each.validation.times_bar or 0.0, each.number)
+        )
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The first of ``selection`` that meets the bar on the validation half, else the nearest to it, if ranked."""
+        ranked = [each for each in self.selection if not each.validation.holes]
+        return next((each for each in ranked if each.validation.meets), ranked[0] if ranked else None)
+
+    def _candidate(self, name: str) -> Candidate:
+        methods = [(regime, method) for regime in self.regimes_run for method in regime.methods if method.name == name]
+        reported, validated = [], []
+        for regime, method in methods:
+            for each in method.four_bits:
+                where = each.quantizer, regime.title
+                recovered = each.recovery.value if each.recovery else None
+                reported.append((where, recovered, each.reason, each.retain_loss))
+                there = each.validated or Validated(None, MISSING, None)
+                validated.append((where, there.recovery, there.reason, there.retain_loss))
+        return Candidate(
+            number=methods[0][1].number,
+            name=name,
+            not_reached=tuple(sorted({seed for _, method in methods for seed in method.not_reached})),
+            validation=_reach(validated),
+            report=_reach(reported),
+        )
+
+    @property
     def headline(self) -> str:
         """The verdict in one sentence, on what ran."""
         if not self.four_bits:
@@ -266,7 +392,7 @@ class Run:
             f"{100 * LARGEST_RETAIN_LOSS:g} points of retain loss beyond the method in full precision"
         ).replace("%", " %")
         names = self.everywhere
-        counted = f"{total} method{'' if total == 1 else 's'} run in {where}, {_seeds(self.seeds)}"
+        counted = f"{total} method{'' if total == 1 else 's'} run in {where}, {named_seeds(self.seeds)}"
         if not names:
             return f"Of {counted}, none met the bar: {rule}."
         return f"Of {counted}, {len(names)} met the bar ({rule}): {', '.join(names)}."
@@ -274,9 +400,9 @@ class Run:
     @property
     def not_run(self) -> str | None:
         """What of the recipe has no figures yet, in one sentence; None where everything has."""
-        titles = [regime.title for regime in self.regimes if not any(m.seeds for m in regime.methods)]
+        titles = [regime.title for regime in self.regimes if not regime.shown]
         started = [regime for regime in self.regimes if regime.title not in titles]
-        with_rows = {method.name for regime in started for method in regime.methods if method.seeds}
+        with_rows = {method.name for regime in started for method in regime.shown}
         names = [name for name in self._methods if name not in with_rows]
         parts = []
         if titles:
@@ -286,17 +412,19 @@ class Run:
         if self.planned_seeds:
             total = len(self.seeds) + len(self.planned_seeds)
             parts.append(f"{len(self.planned_seeds)} of {total} seeds ({', '.join(map(str, self.planned_seeds))})")
-        holes = []
+        whole, holes = [], []  # what is not there at all has no row below: it is named here, however much that is
         for regime in started:
-            for method in regime.methods:
+            lacking = [method.name for method in regime.methods if method.name in with_rows and not method.seeds]
+            if lacking:
+                whole.append(f"{', '.join(lacking)} in {regime.title}")
+            for method in regime.shown:
                 scores = [each.score for each in method.deployments.values()]
                 made, planned = sum(len(score.seeds) for score in scores if score), len(scores) * len(self.seeds)
-                if method.name in with_rows and made < planned:
-                    some = f"{planned - made} of {planned} scores of " if made else ""
-                    holes.append(f"{some}{method.name} in {regime.title}")
-        if holes:
+                if made < planned:
+                    holes.append(f"{planned - made} of {planned} scores of {method.name} in {regime.title}")
+        if whole or holes:
             more = f" and {len(holes) - _HOLES} more" if len(holes) > _HOLES else ""
-            parts.append(f"of the rest {'; '.join(holes[:_HOLES])}{more}")
+            parts.append(f"of the rest {'; '.join([*whole, *holes[:_HOLES]])}{more}")
         return f"Not run: {'; '.join(parts)}." if parts else None
 
     @property
@@ -309,8 +437,22 @@ def in_four_bits(quantizer: str) -> bool:
     return quantizer != FULL and "int8" not in quantizer
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+def _reach(cells: Sequence[tuple[tuple[str, str], float | None, str | None, float | None]]) -> Reach:
+    """Of quantizer and regime, recovery, why there is none, and retain loss of every cell."""
+    recoveries, losses, holes = [], [], []
+    for where, recovered, reason, lost in cells:
+        if recovered is not None:
+            recoveries.append(Highest(recovered, *where))
+        if lost is not None:
+            losses.append(Highest(lost, *where))
+        if recovered is None or lost is None:
+            holes.append(f"{', '.join(where)}: {reason or 'no retain loss'}")
+    highest = (max(found, key=lambda each: each.value, default=None) for found in (recoveries, losses))
+    return Reach(*highest, tuple(holes), len(cells))
+
+
+def named_seeds(numbers: Sequence[int]) -> str:
+    return f"seed{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
 
 
 def regime_title(name: str) -> str:
@@ -362,15 +504,8 @@ def _run(results: dict, texts) -> Run:
     rows = [row for row in results["rows"] if row["half"] == HALF]
     if not rows:
         raise ValueError("run: expected rows of the report half; got none yet")
-    for row in rows:
-        if missing := [key for key in _ROW_KEYS if key not in row]:
-            raise ValueError(f"run: expected {', '.join(_ROW_KEYS)} in every row; got none of {', '.join(missing)}")
-    by_place: dict[tuple, dict] = {}
-    for row in rows:
-        place = row["regime"], row["method"], row["quantizer"]
-        if row["seed"] in by_place.setdefault(place, {}):
-            raise ValueError(f"run: expected one row a cell; got two of {place}, seed {row['seed']}")
-        by_place[place][row["seed"]] = row
+    by_place = _by_place(rows, (*_ROW_KEYS, "examples"))
+    validation = _by_place([row for row in results["rows"] if row["half"] == VALIDATION], _ROW_KEYS)
     known = rows[0]["metrics"]["forget"]
     metric = next((name for name in FORGET_METRICS if name in known), None)
     if metric is None:
@@ -380,7 +515,7 @@ def _run(results: dict, texts) -> Run:
     names = _in_order(content["methods"], (row["method"] for row in rows if row["method"] is not None))
     regimes = []
     for regime in _in_order(content["regimes"], (row["regime"] for row in rows)):
-        reader = _Reader(regime, by_place, metric, quantizers)
+        reader = _Reader(regime, {HALF: by_place, VALIDATION: validation}, metric, quantizers)
         chosen = [(i, name) for i, name in enumerate(names, 1) if reader.has(name) or _planned(content, name, regime)]
         regimes.append(
             Regime(
@@ -415,6 +550,19 @@ def _run(results: dict, texts) -> Run:
     )
 
 
+def _by_place(rows: Iterable[dict], keys: Sequence[str]) -> dict[tuple, dict[int, dict]]:
+    """One half's rows by regime, method and quantizer, then by seed. Raises ValueError where a key is not there."""
+    by_place: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"run: expected {', '.join(keys)} in every row; got none of {', '.join(missing)}")
+        place = row["regime"], row["method"], row["quantizer"]
+        if row["seed"] in by_place.setdefault(place, {}):
+            raise ValueError(f"run: expected one row a cell; got two of {place}, seed {row['seed']}")
+        by_place[place][row["seed"]] = row
+    return by_place
+
+
 def _failure(each: dict) -> Failure:
     parts = (each.get(key) for key in ("regime", "method", "quantizer"))
     return Failure(" ".join([each["stage"], f"seed {each['seed']}", *filter(None, parts)]), each["reason"])
@@ -434,13 +582,13 @@ def _classes(content: dict) -> Sequence[str]:
 
 
 class _Reader:
-    """The rows of one regime."""
+    """The rows of one regime, of the report half where no other is said."""
 
-    def __init__(self, regime: str, by_place: Mapping[tuple, dict], metric: str, quantizers: Sequence[str]):
-        self.regime, self._by_place, self.metric, self.quantizers = regime, by_place, metric, quantizers
+    def __init__(self, regime: str, halves: Mapping[str, Mapping[tuple, dict]], metric: str, quantizers: Sequence[str]):
+        self.regime, self._halves, self.metric, self.quantizers = regime, halves, metric, quantizers
 
-    def rows(self, method: str | None, quantizer: str) -> dict[int, dict]:
-        return self._by_place.get((self.regime, method, quantizer), {})
+    def rows(self, method: str | None, quantizer: str, half: str = HALF) -> dict[int, dict]:
+        return self._halves[half].get((self.regime, method, quantizer), {})
 
     def has(self, method: str) -> bool:
         return any(self.rows(method, quantizer) for quantizer in self.quantizers)
@@ -496,31 +644,47 @@ class _Reader:
             **found,
             retain_loss=self._retain_loss(name, quantizer),
             start_retain_loss=self._retain_loss(None, quantizer),
+            validated=self._validated(name, quantizer) if self.rows(name, quantizer, VALIDATION) else None,
         )
 
-    def _recovery(self, name: str, quantizer: str, figure: str, higher: bool) -> tuple[Recovery | None, str | None]:
+    def _arms(self, name: str, quantizer: str, half: str) -> tuple[list[list[dict]], str | None]:
+        """This cell, the method in full precision and the start, of the seeds that all have; or why there are none."""
         arms = {
-            "this cell": self.rows(name, quantizer),
-            "the method in full precision": self.rows(name, FULL),
-            f"the start at {quantizer}": self.rows(None, quantizer),
+            "this cell": self.rows(name, quantizer, half),
+            "the method in full precision": self.rows(name, FULL, half),
+            f"the start at {quantizer}": self.rows(None, quantizer, half),
         }
         if not arms["this cell"]:
-            return None, MISSING
+            return [], MISSING
         for what, rows in arms.items():
             if not rows:
-                return None, f"{what} is missing"
+                return [], f"{what} is missing"
         seeds = sorted(set.intersection(*(set(rows) for rows in arms.values())))
         if not seeds:
-            return None, f"{', '.join(arms)} have no seed in common"
-        values = [[_values(rows[seed], figure) for seed in seeds] for rows in arms.values()]
+            return [], f"{', '.join(arms)} have no seed in common"
+        return [[rows[seed] for seed in seeds] for rows in arms.values()], None
+
+    def _validated(self, name: str, quantizer: str) -> Validated:
+        arms, reason = self._arms(name, quantizer, VALIDATION)
+        recovered = None
+        if reason is None:
+            recovered, reason = _of_means(*(_mean([self._of_seed(row, "forget") for row in rows]) for rows in arms))
+        lost = self._retain_loss(name, quantizer, VALIDATION)
+        return Validated(recovered, reason, None if lost is None else round(lost, _KNOWN))
+
+    def _recovery(self, name: str, quantizer: str, figure: str, higher: bool) -> tuple[Recovery | None, str | None]:
+        arms, reason = self._arms(name, quantizer, HALF)
+        if reason is not None:
+            return None, reason
+        values = [[_values(row, figure) for row in rows] for rows in arms]
         lengths = sorted({len(of_seed) for arm in values for of_seed in arm})
         if len(lengths) > 1 or lengths[0] < 2:
             return None, f"expected the same two or more examples of each; got {', '.join(map(str, lengths))}"
         estimate = recovery(*values, higher_is_remembered=higher)
         return estimate, estimate.reason
 
-    def _retain_loss(self, name: str | None, quantizer: str) -> float | None:
-        here, full = self.rows(name, quantizer), self.rows(name, FULL)
+    def _retain_loss(self, name: str | None, quantizer: str, half: str = HALF) -> float | None:
+        here, full = self.rows(name, quantizer, half), self.rows(name, FULL, half)
         seeds = sorted(here.keys() & full.keys())
         losses = [(self._of_seed(full[seed], "retain"), self._of_seed(here[seed], "retain")) for seed in seeds]
         if not losses or any(None in pair for pair in losses):
@@ -528,14 +692,14 @@ class _Reader:
         return statistics.fmean(before - after for before, after in losses)
 
     def _of_seed(self, row: dict, name: str) -> float | None:
-        """The mean of the examples, as ``metrics`` is rounded."""
+        """The mean of the examples, as ``metrics`` is rounded; of ``metrics`` where there are no examples."""
         values = _values(row, self.metric, name)
         return _mean(values) if values else row["metrics"].get(name, {}).get(self.metric)
 
 
 def _values(row: dict, figure: str, name: str = "forget") -> list[float]:
     """By example; what was not finite is null in the file."""
-    values = row["examples"].get(name, {}).get(figure) or ()
+    values = row.get("examples", {}).get(name, {}).get(figure) or ()
     return [math.nan if value is None else value for value in values]
 
 
@@ -543,6 +707,22 @@ def _mean(values: Sequence[float | None]) -> float | None:
     if not values or any(value is None or not math.isfinite(value) for value in values):
         return None
     return statistics.fmean(values)
+
+
+def _of_means(
+    quantized: float | None, unlearned: float | None, quantized_original: float | None
+) -> tuple[float | None, str | None]:
+    """``quail.metrics.intervals.recovery`` of means alone, of a metric where more is remembered; or why there is none.
+
+    That its interval has no end cannot be seen here.
+    """
+    if None in (quantized, unlearned, quantized_original):
+        return None, "a mean is missing or not finite"
+    forgotten = quantized_original - unlearned
+    if forgotten < SMALLEST_FORGOTTEN - _ROUNDING:
+        means = f"quantized original {quantized_original:.4g}, unlearned {unlearned:.4g}"
+        return None, f"less than {SMALLEST_FORGOTTEN:g} was forgotten: {means}"
+    return round((quantized - unlearned) / forgotten, _KNOWN), None
 
 
 def _judge(deployments: Mapping[str, Deployment], not_reached: Sequence[int]) -> tuple[str, str]:

@@ -1,11 +1,22 @@
-"""A run as Markdown of at most 100 columns, for a README or a terminal: the verdict, and two tables a regime."""
+"""A run as Markdown of at most 100 columns, for a README or a terminal: verdict, choice, and two tables a regime."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .charts import recovery_text
-from .figures import FULL, MISSING, Deployment, Method, Regime, Run, Score
-from .words import about_intervals, failures, footnotes, halves, verdict_sentences
+from .figures import FULL, HALF, MISSING, VALIDATION, Candidate, Deployment, Method, Reach, Regime, Run, Score, percent
+from .words import (
+    about_bar,
+    about_intervals,
+    choice,
+    failures,
+    footnotes,
+    halves,
+    hole_notes,
+    points,
+    times_bar,
+    verdict_sentences,
+)
 
 _COLUMNS, _NAME = 100, 36
 
@@ -32,10 +43,51 @@ def _lines(run: Run) -> Iterator[str]:
             yield from _wrap(f"- {each.cell}: {each.reason}", "  ")
         yield ""
     yield from _wrap(f"{halves(run)} {about_intervals(run)}{' Quick form of the recipe.' if run.quick else ''}")
+    yield from _selection(run)
     for regime in run.regimes:
         yield from _regime(run, regime)
     yield ""
     yield from _wrap(_ran(run))
+
+
+def _selection(run: Run) -> Iterator[str]:
+    """Where the highest recoveries are is told below the table, so that names and figures have room in it."""
+    if not run.selection:
+        return
+    yield ""
+    yield "## Chosen on one half, reported on the other"
+    yield ""
+    yield from _wrap(choice(run))
+    yield ""
+    yield from _wrap(f"Highest recovery of {run.metric} / most points of retain lost, {about_bar(run)}")
+    yield ""
+    holes = hole_notes(run)
+    notes: dict[str, int] = {}
+
+    def cell(each: Candidate, half: str, reach: Reach) -> str:
+        texts = []
+        if reach.recovery is None:
+            texts.append("no estimate")
+        else:
+            number = notes.setdefault(reach.recovery.where, len(notes) + 1)
+            texts.append(f"{percent(reach.recovery.value)} % [{number}]")
+        texts.append("?" if reach.retain_loss is None else points(reach.retain_loss.value))
+        if reach.holes:
+            texts[-1] += f" [{notes.setdefault(holes[each.number, half], len(notes) + 1)}]"
+        return " / ".join(texts)
+
+    rows = [
+        (
+            _name(each),
+            times_bar(run, each),
+            cell(each, VALIDATION, each.validation),
+            cell(each, HALF, each.report),
+        )
+        for each in run.selection
+    ]
+    yield from _tables(("method", "times the bar", "validation half", "report half"), rows)
+    yield from _stopped(run.selection)
+    yield from _notes(notes)
 
 
 def _regime(run: Run, regime: Regime) -> Iterator[str]:
@@ -44,15 +96,19 @@ def _regime(run: Run, regime: Regime) -> Iterator[str]:
     yield ""
     for sentence in verdict_sentences(run, regime):
         yield from _wrap(f"- {sentence}", "  ")
+    if not regime.shown and not any(regime.start.values()):
+        return
     yield ""
     yield f"{run.metric.capitalize()}, forget / retain:"
     yield ""
     header = ("method", *("full" if name == FULL else f"`{name}`" for name in run.quantizers))
     rows = [("start, nothing forgotten", *(_score(regime.start[name], run) for name in run.quantizers))]
-    for method in regime.methods:
+    for method in regime.shown:
         scores = (method.deployments[name].score for name in run.quantizers)
         rows.append((_name(method), *(_score(score, run) for score in scores)))
     yield from _tables(header, rows)
+    if not regime.shown:
+        return
     quantizers = [name for name in run.quantizers if name != FULL]
     notes = footnotes(regime, quantizers)
     yield ""
@@ -60,16 +116,24 @@ def _regime(run: Run, regime: Regime) -> Iterator[str]:
     yield ""
     rows = [
         (_name(method), *(_recovery(method, method.deployments[name], notes) for name in quantizers))
-        for method in regime.methods
+        for method in regime.shown
     ]
     yield from _tables(("method", *(f"`{name}`" for name in quantizers)), rows)
-    if any(method.not_reached for method in regime.methods):
+    yield from _stopped(regime.shown)
+    yield from _notes(notes)
+
+
+def _stopped(methods: Iterable[Method | Candidate]) -> Iterator[str]:
+    if any(method.not_reached for method in methods):
         yield ""
         yield from _wrap("\u2020 ended by steps before the stop rule was met on the validation half.")
+
+
+def _notes(notes: dict[str, int]) -> Iterator[str]:
     if notes:
         yield ""
-        for reason, number in notes.items():
-            yield from _wrap(f"{number}. {reason}", "   ")
+        for text, number in notes.items():
+            yield from _wrap(f"{number}. {text}", "   ")
 
 
 def _ran(run: Run) -> str:
@@ -84,7 +148,7 @@ def _ran(run: Run) -> str:
     )
 
 
-def _name(method: Method) -> str:
+def _name(method: Method | Candidate) -> str:
     short = method.name if len(method.name) <= _NAME else f"{method.name[: _NAME - 3]}..."
     return short.replace("|", "/").replace("<", "&lt;") + ("\u2020" if method.not_reached else "")
 

@@ -1,7 +1,7 @@
 """A run as one HTML page that needs nothing beside it: no script, no font, no network."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 
 from ..pages import STYLE, color
@@ -9,6 +9,7 @@ from . import charts
 from .figures import (
     CAME_BACK,
     FULL,
+    HALF,
     KEPT,
     LARGEST_RECOVERY,
     LARGEST_RETAIN_LOSS,
@@ -17,14 +18,29 @@ from .figures import (
     NOT_JUDGED,
     NOT_REACHED,
     RETAIN_FELL,
+    VALIDATION,
     Audit,
+    Candidate,
     Deployment,
+    Highest,
     Method,
     Regime,
     Run,
     Score,
+    percent,
 )
-from .words import about_intervals, failures, footnotes, halves, verdict_sentences
+from .words import (
+    about_bar,
+    about_intervals,
+    choice,
+    failures,
+    footnotes,
+    halves,
+    hole_notes,
+    points,
+    times_bar,
+    verdict_sentences,
+)
 
 _OWN_STYLE = (
     charts.STYLE
@@ -44,6 +60,7 @@ td.interval { white-space: normal; min-width: 4.6rem }
   linear-gradient(90deg, transparent, var(--line)) right / .8rem 100% scroll no-repeat }
 tr.start td { font-style: italic } td.missing { color: var(--faint); background: var(--cell) }
 td.kept { color: var(--kept) } td.back { color: var(--back); font-weight: 600 } td.unknown { color: var(--faint) }
+tr.chosen td { font-weight: 600 }
 td.words { white-space: normal; text-align: left; min-width: 9rem } ol.notes { color: var(--faint); font-size: .9rem }
 table.heat th { min-width: 0 } table.heat th:first-child { min-width: 7rem }
 table.heat td:first-child { box-shadow: none }
@@ -100,6 +117,7 @@ def _lines(run: Run) -> Iterator[str]:
     if run.quick:
         yield '<p class="lead">This is the quick form of the recipe: it shows that it runs, not what is true.</p>'
     yield f'<p class="note lead">{escape(halves(run))} {escape(about_intervals(run))}</p>'
+    yield from _selection(run)
     for regime in run.regimes:
         yield from _regime(run, regime)
     yield from _foretold(run)
@@ -117,17 +135,60 @@ def _failed(run: Run) -> Iterator[str]:
     yield "</ul>"
 
 
+def _selection(run: Run) -> Iterator[str]:
+    if not run.selection:
+        return
+    yield "<h2>Chosen on one half, reported on the other</h2>"
+    yield f'<p class="lead">{escape(choice(run))}</p>'
+    holes = hole_notes(run)
+    notes = {text: number for number, text in enumerate(holes.values(), 1)}
+    rows = []
+    for each in run.selection:
+        cells = [f"<td>{_name(each)}</td>", f'<td class="interval">{times_bar(run, each)}</td>']
+        for half, reach in ((VALIDATION, each.validation), (HALF, each.report)):
+            mark = f" <sup>{notes[holes[each.number, half]]}</sup>" if reach.holes else ""
+            cells.append(_highest_cell(reach.recovery, mark))
+            cells.append(_highest_loss_cell(reach.retain_loss))
+        kind = ' class="chosen"' if each == run.chosen else ""
+        rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    header = [f"{half} half: {what}" for half in (VALIDATION, HALF) for what in ("recovery", "retain lost")]
+    yield from _table(("method", "times the bar", *header), rows)
+    about = f"The highest recovery of {run.metric} and the most points of retain lost, {about_bar(run)}"
+    yield f'<p class="note lead">{escape(about)}</p>'
+    yield from _stopped(run, run.selection)
+    yield from _notes(notes)
+
+
+def _highest_cell(found: Highest | None, mark: str) -> str:
+    if found is None:
+        return f'<td class="unknown">no estimate{mark}</td>'
+    kind = "back" if found.value >= LARGEST_RECOVERY else "kept"
+    where = f"{escape(found.quantizer)}, <br>{escape(found.regime)}"
+    return f'<td class="{kind}">{percent(found.value)} % at {where}{mark}</td>'
+
+
+def _highest_loss_cell(found: Highest | None) -> str:
+    if found is None:
+        return _missing()
+    kind = "back" if found.value > LARGEST_RETAIN_LOSS + 1e-9 else "kept"
+    return f'<td class="{kind}">{points(found.value)}</td>'
+
+
 def _regime(run: Run, regime: Regime) -> Iterator[str]:
     yield f"<h2>{escape(regime.title)}</h2>"
     yield "<ul>"
     for sentence in verdict_sentences(run, regime):
         yield f"<li>{escape(sentence)}</li>"
     yield "</ul>"
-    yield from _scatters(run, regime)
-    yield from _scores(run, regime)
-    yield from _recovery(run, regime)
+    if regime.shown:
+        yield from _scatters(run, regime)
+    if regime.shown or any(regime.start.values()):
+        yield from _scores(run, regime)
+    if regime.shown:
+        yield from _recovery(run, regime)
     yield from _audits(regime)
-    yield from _examples(run, regime)
+    if regime.shown:
+        yield from _examples(run, regime)
 
 
 def _scatters(run: Run, regime: Regime) -> Iterator[str]:
@@ -174,7 +235,7 @@ def _score_rows(run: Run, regime: Regime, texts: Callable[[Score], tuple[str, ..
 
     first = "".join(cell(regime.start[name]) for name in run.quantizers)
     rows = [f'<tr class="start"><td>start, nothing forgotten</td>{first}</tr>']
-    for method in regime.methods:
+    for method in regime.shown:
         cells = "".join(cell(method.deployments[name].score) for name in run.quantizers)
         rows.append(f"<tr><td>{_name(method)}</td>{cells}</tr>")
     return rows
@@ -182,7 +243,7 @@ def _score_rows(run: Run, regime: Regime, texts: Callable[[Score], tuple[str, ..
 
 def _other_figures(regime: Regime, metric: str) -> dict[str, list[str]]:
     """Each figure but ``metric``, with the sets that have it."""
-    scores = [*regime.start.values(), *(d.score for m in regime.methods for d in m.deployments.values())]
+    scores = [*regime.start.values(), *(d.score for m in regime.shown for d in m.deployments.values())]
     figures: dict[str, dict[str, None]] = {}
     for score in filter(None, scores):
         for name, of_set in score.metrics.items():
@@ -204,7 +265,7 @@ def _recovery(run: Run, regime: Regime) -> Iterator[str]:
     yield from charts.recoveries(run, regime)
     yield "</div>"
     rows = []
-    for method in regime.methods:
+    for method in regime.shown:
         cells = [f"<td>{_name(method)}</td>"]
         cells += [_recovery_cell(method, method.deployments[name], notes) for name in quantizers]
         cells.append(_retain_cell(method))
@@ -219,20 +280,24 @@ def _recovery(run: Run, regime: Regime) -> Iterator[str]:
         f"precision, at the 4-bit quantizer where that is most; up to {100 * LARGEST_RETAIN_LOSS:g} are allowed. In "
         "brackets: what the start loses there. Steps by seed; seconds of unlearning, mean over seeds.</p>"
     )
-    if any(method.not_reached for method in regime.methods):
-        stop = run.content.get("stop") or {}
-        rule = f"{stop.get('metric')} of at most {stop.get('at')} on the validation half"
-        yield f'<p class="note">\u2020 ended by steps before the stop rule was met: {escape(rule)}.</p>'
+    yield from _stopped(run, regime.shown)
     yield from _notes(notes)
     yield f"<details><summary>Recovery of {LOSS.upper()}, by the same formula</summary>"
     loss_notes = footnotes(regime, quantizers, of_loss=True)
     rows = []
-    for method in regime.methods:
+    for method in regime.shown:
         cells = [_recovery_cell(method, method.deployments[name], loss_notes, of_loss=True) for name in quantizers]
         rows.append(f"<tr><td>{_name(method)}</td>{''.join(cells)}</tr>")
     yield from _table(("method", *quantizers), rows)
     yield from _notes(loss_notes)
     yield "</details>"
+
+
+def _stopped(run: Run, methods: Iterable[Method | Candidate]) -> Iterator[str]:
+    if any(method.not_reached for method in methods):
+        stop = run.content.get("stop") or {}
+        rule = f"{stop.get('metric')} of at most {stop.get('at')} on the validation half"
+        yield f'<p class="note">\u2020 ended by steps before the stop rule was met: {escape(rule)}.</p>'
 
 
 def _notes(notes: dict[str, int]) -> Iterator[str]:
@@ -266,8 +331,8 @@ def _retain_cell(method: Method) -> str:
     if worst is None:
         return _missing()
     kind = "back" if worst.retain_loss > LARGEST_RETAIN_LOSS + 1e-9 else "kept"
-    start = "" if worst.start_retain_loss is None else f" [{_points(worst.start_retain_loss)}]"
-    return f'<td class="{kind} interval">{_points(worst.retain_loss)}{start} at {escape(worst.quantizer)}</td>'
+    start = "" if worst.start_retain_loss is None else f" [{points(worst.start_retain_loss)}]"
+    return f'<td class="{kind} interval">{points(worst.retain_loss)}{start} at {escape(worst.quantizer)}</td>'
 
 
 def _audits(regime: Regime) -> Iterator[str]:
@@ -366,7 +431,7 @@ def _examples(run: Run, regime: Regime) -> Iterator[str]:
         right = "" if example.right is None else f", of class {example.right}"
         yield f"<details><summary>Example {example.place} of {example.of}{escape(right)}</summary>"
         rows = []
-        for who, name in ((None, "start, nothing forgotten"), *((m.name, _label(m)) for m in regime.methods)):
+        for who, name in ((None, "start, nothing forgotten"), *((m.name, _label(m)) for m in regime.shown)):
             given = example.given.get(who, {})
             cells = "".join(_said(given.get(quantizer), example.right) for quantizer in run.quantizers)
             kind = ' class="start"' if who is None else ""
@@ -421,6 +486,7 @@ def _what_was_run(run: Run) -> Iterator[str]:
     yield "<h2>What was run</h2>"
     yield "<dl>"
     planned = f"; {', '.join(map(str, run.planned_seeds))} planned, not run" if run.planned_seeds else ""
+    selected = ", and which method is chosen" if run.selection else "; none of its figures are here"
     facts = [
         ("recipe", run.recipe + (" (quick form)" if run.quick else "")),
         ("task", run.task),
@@ -429,7 +495,7 @@ def _what_was_run(run: Run) -> Iterator[str]:
         ("cells", f"{run.cells} of {run.planned_cells} done"),
         ("seconds", f"{run.seconds:.0f} of computing, all cells together"),
         ("reported", f"the report half: {run.forget_examples} forget and {run.retain_examples} retain examples"),
-        ("selection", "on the validation half: when training stops; none of its figures are here"),
+        ("selection", f"on the validation half: when training stops{selected}"),
         ("stops at", _settings(content.get("stop"))),
         ("quantizers", ", ".join(run.quantizers)),
         ("4 bits", ", ".join(run.four_bits) or "none of them"),
@@ -473,11 +539,11 @@ def _bits(quantizer: str) -> str:
     return "full precision" if quantizer == FULL else quantizer
 
 
-def _label(method: Method) -> str:
+def _label(method: Method | Candidate) -> str:
     return f"{method.number} {method.name}" + ("\u2020" if method.not_reached else "")
 
 
-def _name(method: Method) -> str:
+def _name(method: Method | Candidate) -> str:
     return escape(_label(method))
 
 
@@ -495,10 +561,6 @@ def _seeds_of(score: Score, run: Run) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}".replace("-0.0", "0.0")
 
 
 def _share(value: float) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from .figures import (
     CAME_BACK,
+    HALF,
     KEPT,
     LARGEST_RECOVERY,
     LARGEST_RETAIN_LOSS,
@@ -11,8 +12,13 @@ from .figures import (
     NOT_JUDGED,
     NOT_REACHED,
     RETAIN_FELL,
+    VALIDATION,
+    Candidate,
+    Reach,
     Regime,
     Run,
+    named_seeds,
+    percent,
 )
 
 _EXPLAINED = 6
@@ -20,10 +26,83 @@ _EXPLAINED = 6
 
 def halves(run: Run) -> str:
     """Which half is reported, and what the other was for."""
+    every = "Every figure but those that are said to be of the validation half" if run.selection else "Every figure"
+    other = "it is shown where a method is chosen, and nowhere else" if run.selection else "nothing of it is shown"
     return (
-        f"Every figure is of the report half: {run.forget_examples} examples to forget, {run.retain_examples} to "
-        "retain. The validation half decided when training stopped; nothing of it is shown."
+        f"{every} is of the report half: {run.forget_examples} examples to forget, {run.retain_examples} to retain. "
+        f"The validation half decided when training stopped; {other}."
     )
+
+
+def choice(run: Run) -> str:
+    """Which method the validation half chooses, and what the report half says of it."""
+    chosen = run.chosen
+    if chosen is None:
+        return (
+            "No method is chosen: on the validation half none has a recovery and a retain loss at every 4-bit "
+            "quantizer in every regime that ran."
+        )
+    name = chosen.name + ("\u2020" if chosen.not_reached else "")
+    of = f"{len(run.selection)} methods" if len(run.selection) > 1 else "one method"
+    if chosen.validation.meets:
+        opening = f"Chosen on the validation half, as the first of {of} that meets the bar there: {name}"
+    else:
+        opening = f"No method meets the bar on the validation half; chosen there, as the nearest of {of}: {name}"
+    if chosen.not_reached:
+        opening += f", whose training ended before the stop rule was met in {named_seeds(chosen.not_reached)}"
+    return (
+        f"{opening}. There {_reached(chosen.validation)}. On the report half {_reached(chosen.report)}: "
+        f"{_judged(chosen.report)}."
+    )
+
+
+def _reached(reach: Reach) -> str:
+    if reach.recovery is None:
+        text = "its recovery has no estimate"
+    else:
+        text = f"its recovery is at most {percent(reach.recovery.value)} % (at {reach.recovery.where})"
+    if reach.retain_loss is not None:
+        text += f" and it loses {points(reach.retain_loss.value)} points of retain at most"
+    return text
+
+
+def _judged(reach: Reach) -> str:
+    if reach.fails:
+        return "the bar is not met there"
+    if reach.holes:
+        return f"it is not judged there, without figures in {len(reach.holes)} of {reach.cells} cells"
+    return "the bar is met there"
+
+
+def about_bar(run: Run) -> str:
+    """What the table of the choice has, and what its order goes by."""
+    cells = len(run.four_bits) * len(run.regimes_run)
+    return (
+        f"over {cells} cells a method: every 4-bit quantizer in every regime that ran. Lost is what the method has "
+        "less than in full precision. Times the bar: on the "
+        f"validation half, the larger of recovery / {100 * LARGEST_RECOVERY:g} % and points / "
+        f"{100 * LARGEST_RETAIN_LOSS:g}, at least 0; that is the order, and of equals the recipe's. "
+        "Estimates, without intervals."
+    )
+
+
+def times_bar(run: Run, candidate: Candidate) -> str:
+    """The figure of the order, and whether it is the one that was chosen."""
+    if candidate.validation.holes:
+        return "not judged"
+    return f"{candidate.validation.times_bar:.2f}" + (", chosen" if candidate == run.chosen else "")
+
+
+def hole_notes(run: Run) -> dict[tuple[int, str], str]:
+    """By number of a method and half, what is missing of the highest figures that the choice shows."""
+    notes = {}
+    for each in run.selection:
+        for half, reach in ((VALIDATION, each.validation), (HALF, each.report)):
+            if reach.holes:
+                more = f" and {len(reach.holes) - 1} more" if len(reach.holes) > 1 else ""
+                rest = f"; shown is the highest of the rest of {reach.cells} cells" if reach.recovery else ""
+                notes[each.number, half] = f"{each.name} on the {half} half, {reach.holes[0]}{more}{rest}"
+    return notes
 
 
 def about_intervals(run: Run) -> str:
@@ -50,7 +129,10 @@ def failures(run: Run) -> str:
 
 
 def verdict_sentences(run: Run, regime: Regime) -> Iterator[str]:
-    """One sentence for each verdict that a method of the regime has."""
+    """One sentence for each verdict that a method of the regime has, of the methods with a score."""
+    if not regime.shown:
+        yield "No method was run in this regime yet."
+        return
     at = ", ".join(run.four_bits)
     bar, points = f"{100 * LARGEST_RECOVERY:g} %", f"{100 * LARGEST_RETAIN_LOSS:g} points"
     openings = {
@@ -72,10 +154,14 @@ def verdict_sentences(run: Run, regime: Regime) -> Iterator[str]:
             yield f"No method kept recovery under {bar} at {at} with at most {points} of retain lost."
 
 
+def points(share: float) -> str:
+    return f"{100 * share:.1f}".replace("-0.0", "0.0")
+
+
 def footnotes(regime: Regime, quantizers: Sequence[str], of_loss: bool = False) -> dict[str, int]:
     """``METHOD at QUANTIZER: reason`` of every cell without an estimate that has a score, numbered from 1."""
     notes: dict[str, int] = {}
-    for method in regime.methods:
+    for method in regime.shown:
         for quantizer in quantizers:
             here = method.deployments[quantizer]
             found, reason = (here.loss_recovery, here.loss_reason) if of_loss else (here.recovery, here.reason)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,11 +37,18 @@ def test_golden_numbers(small, tmp_path):
     assert (run.forget_examples, run.retain_examples, run.metric) == (20, 10, "exact")
 
 
-def test_the_validation_half_decides_nothing(small, tmp_path):
+def test_the_validation_half_decides_nothing_of_a_verdict(small, tmp_path):
     before = read_run(small.write(tmp_path))
     for row in list(small.results["rows"]):
         small.row(row["method"], row["quantizer"], 13, 1, half="validation", training={"steps": 99, "reached": False})
-    assert read_run(small.write(tmp_path)) == before
+    after = read_run(small.write(tmp_path))
+    assert before.selection == [] and after.selection != []
+    # But for the choice, which is told apart, nothing is another.
+    for regime in after.regimes:
+        for method in regime.methods:
+            for name, each in method.deployments.items():
+                method.deployments[name] = replace(each, validated=None)
+    assert after == before
     small.results["rows"] = [row for row in small.results["rows"] if row["half"] == "validation"]
     with pytest.raises(ValueError, match="expected rows of the report half; got none"):
         read_run(small.write(tmp_path))
@@ -188,12 +196,25 @@ def test_the_headline_speaks_of_what_ran(make_results, tmp_path):
     )
     assert run.not_run == (
         "Not run: 1 of 3 regimes (Shipped in bnb-fp4); 1 of 4 methods (D); 1 of 3 seeds (2); of the rest "
-        "2 of 4 scores of B in Shipped in bnb-nf4; C in Shipped in bnb-nf4."
+        "C in Shipped in bnb-nf4; 2 of 4 scores of B in Shipped in bnb-nf4."
     )
     for row in made.results["rows"]:
         if row["method"] == "A" and row["quantizer"] == "bnb-nf4":
             row["examples"]["forget"]["exact"] = [1] * 20
     assert "none met the bar: recovery under 5 %" in read_run(made.write(tmp_path)).headline
+
+
+def test_what_has_no_score_in_a_regime_is_named_however_much_it_is(make_results, tmp_path):
+    """Nowhere else: it has no row below. Scores that only some seeds or quantizers lack are counted."""
+    names = [f"M{i}" for i in range(9)]
+    made = make_results(methods=names, regimes=("16bit", "grid:bnb-nf4"))
+    for name in names:
+        made.row(name, "none", 0)
+    made.row("M0", "none", 0, regime="grid:bnb-nf4")
+    some = "; ".join(f"1 of 2 scores of {name} in Shipped in 16 bits" for name in names[:6])
+    assert read_run(made.write(tmp_path)).not_run == (
+        f"Not run: of the rest {', '.join(names[1:])} in Shipped in bnb-nf4; {some} and 4 more."
+    )
 
 
 def test_no_headline_without_a_method_in_4_bits(make_results, tmp_path):

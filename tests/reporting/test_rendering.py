@@ -66,6 +66,8 @@ def wide(make_results, tmp_path):
                 made.row(names[2], quantizer, 20, seed=seed, regime=regime, training=training, **said)
             for name in names:
                 made.audit(name, seed=seed, regime=regime, delivered_cosine=0.3)
+    for row in list(made.results["rows"]):
+        made.results["rows"].append({key: row[key] for key in row if key != "examples"} | {"half": "validation"})
     return made
 
 
@@ -110,6 +112,54 @@ def test_a_missing_cell_is_marked_and_is_no_number(run):
     rows = [line for line in text.splitlines() if line.startswith("| &lt;b>&\"'/x") and "0.10" in line]
     of_regime = "".join(rows[: len(rows) // 2])  # six precisions are more than one table holds
     assert of_regime.count("missing") == 1 and of_regime.count("0.10 / 0.90") == 5
+
+
+def by_regime(text):
+    """The parts of the page or the Markdown by the title of the regime."""
+    parts = re.split(r"<h2>" if "<html" in text else r"\n## ", text)
+    return {title: part for part in parts if (title := re.split(r"[<\n]", part)[0]).startswith("Shipped")}
+
+
+def test_a_method_without_a_score_in_a_regime_has_no_row_there(make_results, tmp_path):
+    """A everywhere; B only in the first regime, in full precision; C nowhere; the start alone in the third regime."""
+    regimes = ("16bit", "grid:bnb-nf4", "grid:bnb-fp4", "grid:mxfp4")
+    made = make_results(methods=("A", "BB", "CCC"), regimes=regimes, quantizers=("none", "bnb-nf4"))
+    said = {"texts": {"forget": ["so"] * 20}}
+    for regime in regimes[:3]:
+        for quantizer in ("none", "bnb-nf4"):
+            made.row(None, quantizer, 20, regime=regime, **said)
+            if regime != "grid:bnb-fp4":
+                made.row("A", quantizer, 0, regime=regime, **said)
+    made.row("BB", "none", 0)
+    run = read_run(made.write(tmp_path))
+    plain, html = by_regime(markdown(run)), by_regime(page(run))
+    titles = ["Shipped in 16 bits", "Shipped in bnb-nf4", "Shipped in bnb-fp4", "Shipped in mxfp4"]
+    assert list(plain) == list(html) == titles
+    first, second, third, fourth = plain.values()
+    assert len(re.findall(r"^\| BB ", first, re.M)) == 2 and first.count("missing") == 4  # two cells, bullet, its why
+    assert "- Not judged, as a 4-bit cell is missing or has no estimate: BB (bnb-nf4: missing)." in first
+    assert len(re.findall(r"^\| A ", second, re.M)) == 2
+    assert not re.search("BB|missing|Not judged", second)
+    assert re.findall(r"^\| (.*?) +\|", third, re.M) == ["method", "start, nothing forgotten"]
+    for part in (third, fourth):
+        assert "- No method was run in this regime yet." in part
+        assert not re.search("Recovery|Not judged|No method kept|missing", part)
+    assert "|" not in fourth
+    for title, part in html.items():
+        names = {row[0].partition(" ")[2] for row in Page(f"<h2>{part}").rows if row[0][0].isdigit()}
+        shown = {titles[0]: {"A", "BB"}, titles[1]: {"A"}}
+        assert names == shown.get(title, set())
+        for what in ("<svg", "Recovery of", "before and after"):
+            assert (what in part) == (title in shown)
+        assert ("BB" in part) == (title == titles[0])
+        assert ("start, nothing forgotten" in part) == (title != titles[3])
+    assert 'class="missing"' in html[titles[0]] and 'class="missing"' not in html[titles[1]]
+    for text in (markdown(run), page(run)):
+        told = " ".join(text.split())
+        assert (
+            "Not run: 2 of 4 regimes (Shipped in bnb-fp4, Shipped in mxfp4); 1 of 3 methods (CCC); of the rest" in told
+        )
+        assert "of the rest BB in Shipped in bnb-nf4; 1 of 2 scores of BB in Shipped in 16 bits." in told
 
 
 def test_no_estimate_says_why_below_the_table(run):
