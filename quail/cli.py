@@ -11,6 +11,8 @@ from pathlib import Path
 EXIT_GATE_FAILED, EXIT_CELLS_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 1, 2, 130
 DEFAULT_FORMATS = "bnb-nf4,bnb-fp4,ct-int4-sym,minmax-int4"
 DEFAULT_CALIBRATION_TOKENS = 2048
+# Of the rise in the forget set's NLL, what storing a checkpoint may take back before that is said.
+LARGEST_UNDONE = 0.1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -148,6 +150,7 @@ def _unlearn_into(args, scratch: str) -> None:
     from .data import load_examples, load_refusals
     from .models import load_for_training, refuse_to_overwrite, save_checkpoint
     from .trainer import QuailConfig, QuailTrainer, make_dataset
+    from .weights import stored_in
 
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
@@ -158,11 +161,33 @@ def _unlearn_into(args, scratch: str) -> None:
     model, tokenizer = load_for_training(args.model)
     dataset = make_dataset(config, tokenizer, forget, retain, args.max_length)
     trainer = QuailTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    dtype = (getattr(torch, args.dtype) if args.dtype else stored) or torch.float32
+    before = _mean_nll(trainer.model, dataset.forget, tokenizer)
     trainer.train()
-    dtype = getattr(torch, args.dtype) if args.dtype else stored
-    save_checkpoint(trainer.unlearned().cpu(), tokenizer, out, dtype)
+    unlearned = trainer.unlearned()
+    trained = _mean_nll(unlearned, dataset.forget, tokenizer)
+    with stored_in(unlearned, dtype):
+        saved = _mean_nll(unlearned, dataset.forget, tokenizer)
+    save_checkpoint(unlearned.cpu(), tokenizer, out, dtype)
     hinge = f"hinge margin {trainer.hinge_margin:.4g}" if config.gamma else "no hinge"
-    print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps ({hinge}); saved {out} in {dtype}.")
+    name = str(dtype).removeprefix("torch.")
+    print(f"Unlearned {len(forget)} examples in {trainer.state.global_step} steps ({hinge}); saved {out} in {name}.")
+    print(f"NLL of the forget set in nats a token: {before:.3f} before, {trained:.3f} trained, {saved:.3f} as saved.")
+    undone = (trained - saved) / (trained - before) if trained > before else 0.0
+    if undone > LARGEST_UNDONE:
+        print(
+            f"quail: storing it in {name} undoes {undone:.0%} of that: its numbers are coarser than the update; "
+            "--dtype float32 keeps all of it, a higher learning rate or more epochs more",
+            file=sys.stderr,
+        )
+
+
+def _mean_nll(model, rows, tokenizer) -> float:
+    """Nats per token of all answers together, without dropout."""
+    from .inference import row_scores
+
+    log_probs = [score.log_probs for score in row_scores(model, rows, tokenizer)]
+    return -sum(map(sum, log_probs)) / sum(map(len, log_probs))
 
 
 def _settings(args, scratch: str, has_retain: bool) -> dict:

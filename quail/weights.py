@@ -114,6 +114,30 @@ def deploy_weights_(model: nn.Module, format: str) -> nn.Module:
 
 
 @contextlib.contextmanager
+@torch.no_grad()
+def stored_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """Within it, the parameters have the values that a checkpoint in ``dtype`` keeps, adapters of PEFT merged.
+
+    Weights that came from such a checkpoint lie on its grid, and an update below half of a number's last place is gone
+    when it is stored again. Afterwards they are what they were, to the bit; that takes a copy of the model in the
+    memory of the CPU.
+    """
+    kept = [(p, p.detach().to("cpu", copy=True)) for p in model.parameters()]
+    adapters = hasattr(model, "merge_adapter")
+    if adapters:
+        model.merge_adapter()
+    try:
+        for p in model.parameters():
+            p.copy_(p.to(dtype))
+        yield model
+    finally:
+        if adapters:
+            model.unmerge_adapter()
+        for p, values in kept:
+            p.copy_(values)
+
+
+@contextlib.contextmanager
 def _computing_with(model: nn.Module, weight_of: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
     patched = []
     try:

@@ -1,6 +1,7 @@
 """The command line end to end on a tiny random model, each command in a process of its own."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
@@ -69,6 +71,26 @@ def test_every_method_leaves_an_ordinary_checkpoint(tiny_checkpoint, sets, tmp_p
         AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny_checkpoint, tmp_path / "out")
     )
     assert before.keys() == after.keys() and any(not after[name].equal(w) for name, w in before.items())
+
+
+def test_unlearn_says_what_storing_in_16_bits_undoes(tiny_checkpoint, sets, tmp_path):
+    """Steps of 1e-6 are below half of a bf16 number's last place, and all but all of them are gone when it is saved."""
+    before = tmp_path / "before"
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint).to(torch.bfloat16).save_pretrained(before)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(before)
+    common = ("unlearn", "--model", before, "--forget", sets / "forget.json", "--retain", sets / "retain.json")
+    small = ("--set", "max_steps=4", "--set", "learning_rate=1e-6", "--set", "gamma=0")
+    nlls = {}
+    for dtype in ("bfloat16", "float32"):
+        done = quail(*common, *small, "--out", tmp_path / dtype, "--dtype", dtype)
+        assert done.returncode == 0, done.stderr
+        assert ("undoes" in done.stderr) is (dtype == "bfloat16"), done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("NLL")]
+        assert len(line) <= 80
+        nlls[dtype] = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+    # Trained alike, from weights that are the same in both.
+    assert nlls["bfloat16"][:2] == nlls["float32"][:2]
+    assert nlls["float32"][1] == nlls["float32"][2]
 
 
 def test_audit_counts_what_unlearning_moved(tiny_checkpoint, unlearned, tmp_path):

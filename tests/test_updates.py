@@ -11,7 +11,7 @@ from quail import losses
 from quail.data import UnlearningCollator, UnlearningDataset, collate
 from quail.trainer import QuailTrainer, deploy_weights_
 from quail.updates import push_over_edge, saliency_masks
-from quail.weights import bucket_widths, deployed_linears, noisy
+from quail.weights import bucket_widths, deployed_linears, noisy, stored_in
 from quail_kernels import FORMATS, bucket_compare, fake_quant, quantize
 
 FORGET, RETAIN = rows([(4, 3), (6, 1), (2, 7), (0, 4)]), rows([(3, 2), (5, 6), (1, 9), (2, 2)], seed=1)
@@ -242,3 +242,30 @@ def test_noise_is_straight_through():
     for (name, p), q in zip(model.named_parameters(), moved.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
         assert ("proj" in name) == (not torch.equal(p, q))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_stored_weights_are_those_of_the_checkpoint_and_come_back(lora, tmp_path):
+    model = llama()
+    if lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    saved = copy.deepcopy(model)
+    saved = saved.merge_and_unload() if lora else saved
+    saved.save_pretrained(tmp_path)  # in fp32
+    saved = type(saved).from_pretrained(tmp_path, dtype=torch.bfloat16).float()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected, plain = saved(input_ids=ids).logits, model(input_ids=ids).logits
+        with stored_in(model, torch.bfloat16):
+            stored = model(input_ids=ids).logits
+        with pytest.raises(RuntimeError), stored_in(model, torch.bfloat16):
+            raise RuntimeError("on the way")
+        again = model(input_ids=ids).logits
+    if lora:  # the adapters are there besides, in sums of their own, but merged
+        torch.testing.assert_close(stored, expected)
+    else:
+        assert torch.equal(stored, expected)
+    assert not torch.equal(stored, plain) and torch.equal(again, plain)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -22,6 +22,7 @@ from .tasks import TASKS
 
 REGIME_16BIT, REGIME_GRID = "16bit", "grid:"
 KEEP = ("starts", "all")
+STOP_WEIGHTS = ("trained", "saved")
 _OWN_METHOD_KEYS = {"stop_at": float, "regimes": list}
 # The runner decides these: where a cell trains, what it writes, and its seed.
 _RUNNERS_FIELDS = {"output_dir", "seed", "data_seed", "use_cpu", "bf16", "fp16", "save_strategy", "logging_strategy"}
@@ -57,15 +58,26 @@ class Learn:
 class Stop:
     """When unlearning ends: as soon as ``metric`` of the forget set's validation half is at most ``at``.
 
-    It is looked at after every ``every``-th step. A method's ``max_steps`` ends it in any case.
+    It is looked at after every ``every``-th step, on the weights as they are ``trained``, in fp32, or as they are
+    ``saved``, in bf16. A method's ``max_steps`` ends it in any case.
     """
 
     metric: str
     at: float
     every: int = 1
+    weights: str = "trained"
 
     def __post_init__(self):
         _check_range(self, above_zero=("every",), at_least_zero=("at",))
+        if self.weights not in STOP_WEIGHTS:
+            raise ValueError(f"weights: expected one of {', '.join(STOP_WEIGHTS)}; got {self.weights!r}")
+
+    def inputs(self) -> dict:
+        """What of it decides the result; as before ``weights`` could be chosen, where it is not."""
+        fields = dataclasses.asdict(self)
+        if self.weights == "trained":
+            del fields["weights"]
+        return fields
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,7 @@ def plan(recipe: Recipe, digests: dict, seeds: Sequence[int], only: str | None =
             start = add("start", inputs, where, learned)
             scored(start, where)
             for method in methods:
-                stop = dataclasses.asdict(recipe.stop)
-                inputs = {"method": method.inputs(), "stop": stop, "settings": trained, "seed": seed}
+                inputs = {"method": method.inputs(), "stop": recipe.stop.inputs(), "settings": trained, "seed": seed}
                 of_method = where | {"method": method.name}
                 cell = add("unlearn", inputs, of_method, start, method)
                 if recipe.audit:

@@ -1,6 +1,7 @@
 """The two stages that train: learning everything, and unlearning a part of it until a rule on its validation half."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ..data import UnlearningDataset, collate
 from ..machine import bf16_is_fast
 from ..models import default_device
 from ..trainer import QuailConfig, QuailTrainer
-from ..weights import fake_quantized
+from ..weights import fake_quantized, stored_in
 from .recipe import Learn, Method, Stop
 from .tasks import Task
 
@@ -121,8 +122,11 @@ class _StopOnValidation(TrainerCallback):
         model.eval()
         values = []
         for format in self.formats:
-            with autocast(), fake_quantized(model, format):
-                values.append(self.task.validate(model)[self.stop.metric])
+            # What a format makes of a weight is a number of bf16 already.
+            as_saved = self.stop.weights == "saved" and format is None
+            with autocast(), stored_in(model, torch.bfloat16) if as_saved else nullcontext():
+                with fake_quantized(model, format):
+                    values.append(self.task.validate(model)[self.stop.metric])
         value = max(values)
         model.train(was_training)
         self.trace.append((state.global_step, value))

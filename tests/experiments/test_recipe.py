@@ -56,6 +56,7 @@ FAULTS = [
     ("learn/epochs", 0, "learn.epochs: expected a number above 0; got 0"),
     ("learn", {"epochs": 1}, "learn.learning_rate: expected to be given; got nothing"),
     ("stop/metric", "accuracy", "stop.metric: expected one of exact, token_accuracy; got 'accuracy'"),
+    ("stop/weights", "best", "stop.weights: expected one of trained, saved; got 'best'"),
     ("settings/utility", 3, "settings.utility: expected 0, or at least 4 with truth_ratio; got 3"),
     ("calibration", {"texts": 0}, "calibration.texts: expected a number above 0; got 0"),
     ("quantizers", ["none", "gptq:ct-int4-sym@64"], "calibration: expected {texts: N} for gptq:ct-int4-sym@64; got"),

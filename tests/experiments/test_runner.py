@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 from sklearn.metrics import roc_auc_score
+from transformers import TrainerControl, TrainerState
 
 from quail import quantizers
 from quail.cli import main
 from quail.experiments import cells, runner, training
-from quail.experiments.recipe import find_recipe, load_recipe
+from quail.experiments.recipe import Stop, find_recipe, load_recipe
 from quail.experiments.runner import plan, run
 from quail.experiments.tasks import TASKS, Mide22Classification, MuseNewsKnowMem, Tofu
 from quail.reporting import read_run
@@ -115,6 +116,34 @@ def test_a_stop_rule_is_obeyed_and_recorded(small):
         assert 1 <= outcome["steps"] <= 3
         assert outcome["reached"] is (outcome["validation"] <= 0)
         assert outcome["reached"] or outcome["steps"] == 3
+
+
+@pytest.mark.parametrize(("weights", "value"), [("trained", 1.001), ("saved", 1.0)])
+def test_a_stop_rule_looks_at_the_weights_it_is_told_to(weights, value):
+    """1.001 is no number of bf16: as saved, it is 1."""
+
+    class Task:
+        def validate(self, model):
+            return {"exact": model.weight.item()}
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.001)
+    watch = training._StopOnValidation(Task(), Stop("exact", 1.0, weights=weights), 1.0, max_steps=8)
+    control = TrainerControl()
+    watch.on_step_end(None, TrainerState(global_step=3, max_steps=8), control, model=model)
+    assert watch.trace == [(3, pytest.approx(value, abs=1e-7))]
+    assert watch.reached is control.should_training_stop is (weights == "saved")
+    assert model.weight.item() == pytest.approx(1.001, abs=1e-7)
+
+
+def test_a_stop_rule_on_trained_weights_keeps_the_keys_of_older_cells(recipe_file):
+    def keys(**stop):
+        recipe = load_recipe(recipe_file(stop={"metric": "exact", "at": 0.0} | stop))
+        return [cell.key for cell in plan(recipe, {"data": {}, "model": {}}, [0]) if cell.stage == "unlearn"]
+
+    assert keys() == keys(weights="trained")
+    assert not set(keys()) & set(keys(weights="saved"))
+    assert load_recipe(recipe_file()).stop.inputs() == {"metric": "exact", "at": 0.0, "every": 1}
 
 
 def test_a_finished_run_is_left_as_it_is(small):
