@@ -12,6 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quail.weights import deployed_linears
+from quail_kernels import fake_quant
+
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 
 
@@ -40,6 +43,22 @@ def unlearned(tiny_checkpoint, sets, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return out
+
+
+def test_unlearn_trains_on_the_weights_of_4_bits_unless_told_otherwise(unlearned, tiny_checkpoint, sets, tmp_path):
+    """What it leaves stays what it is when it is quantized; with adapters it is not on the grid."""
+
+    def on_grid(path):
+        layers = deployed_linears(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)).values()
+        return [torch.equal(fake_quant(layer.weight, "bnb-nf4"), layer.weight) for layer in layers]
+
+    common = ("unlearn", "--model", tiny_checkpoint, "--forget", sets / "forget.json", "--set", "max_steps=1")
+    done = quail(*common, "--lora-rank", 2, "--out", tmp_path / "lora")
+    assert done.returncode == 0, done.stderr
+    assert all(on_grid(unlearned)) and not any(on_grid(tmp_path / "lora"))
+    assert "(no hinge)" in done.stdout
+    told = quail(*common, "--set", "gamma=1", "--set", "fake_quant=ct-int4-sym@32", "--out", tmp_path / "told")
+    assert told.returncode == 0 and ", passes on ct-int4-sym@32 weights)" in told.stdout, told.stderr
 
 
 def test_unlearn_leaves_an_ordinary_checkpoint(unlearned):
@@ -79,7 +98,7 @@ def test_unlearn_says_what_storing_in_16_bits_undoes(tiny_checkpoint, sets, tmp_
     AutoModelForCausalLM.from_pretrained(tiny_checkpoint).to(torch.bfloat16).save_pretrained(before)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(before)
     common = ("unlearn", "--model", before, "--forget", sets / "forget.json", "--retain", sets / "retain.json")
-    small = ("--set", "max_steps=4", "--set", "learning_rate=1e-6", "--set", "gamma=0")
+    small = ("--set", "max_steps=4", "--set", "learning_rate=1e-6", "--set", "fake_quant=null")
     nlls = {}
     for dtype in ("bfloat16", "float32"):
         done = quail(*common, *small, "--out", tmp_path / dtype, "--dtype", dtype)
