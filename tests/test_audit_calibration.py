@@ -386,8 +386,8 @@ def test_the_page_has_a_cell_a_tensor_and_says_lost(pair, report, tmp_path):
     lost = audit(before, after, ["bnb-nf4"], calibration=[TEXT])
     figures = lost.calibration.formats["bnb-nf4"]
     assert figures.output_snr == 1 and figures.output_share == 0
-    # A cell a tensor; of all the SNR, the median and the least.
-    assert lost.to_html().count("lost</td>") == 14 + 3
+    # The cosine of the weights; a cell a tensor; of all the SNR, the median and the least.
+    assert lost.to_html().count("lost</td>") == 1 + 14 + 3
     assert lost.to_markdown().count("| lost/lost |") == 2
 
 

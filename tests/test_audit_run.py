@@ -148,6 +148,8 @@ def test_an_update_inside_its_buckets_is_lost_and_said_to_be(on_grid):
     assert row.figures.delivered_share == row.figures.delivered_norm == 0
     assert row.figures.delivered_cosine is None
     assert row.lost_layers == ("model.layers.0", "model.layers.1") and row.lost_tensors == 14
+    first = next(line for line in report.to_markdown().splitlines() if line.startswith("| bnb-nf4"))
+    assert first.split("|")[2].strip() == "lost" and "<td>lost</td>" in report.to_html()
     assert "lost the update altogether" in report.verdict
     assert "Of the update 0 % arrives" in report.verdict
 

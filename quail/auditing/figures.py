@@ -365,6 +365,13 @@ def percent(share: float) -> str:
     return f"{number:.0e}" if 0 < abs(number) < 1e-3 else f"{number:.3g}"
 
 
+def cosine(figures: Figures) -> str:
+    """``delivered_cosine`` in two digits; where there was an update and none of it arrives, that."""
+    if figures.delivered_share is None:
+        return "-"
+    return "lost" if figures.delivered_cosine is None else f"{figures.delivered_cosine:.2g}"
+
+
 def count(number: int) -> str:
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if number >= size:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from quail_kernels import get_format
 
-from .figures import AuditReport, Calibration, Figures, FormatRow, Row, count, percent
+from .figures import AuditReport, Calibration, Figures, FormatRow, Row, cosine, count, percent
 
 _COLUMNS, _LISTED = 80, 8
 
@@ -124,7 +124,7 @@ def _delivered(rows: list[tuple[str, Figures | None, FormatRow]]) -> Iterator[st
         [
             (
                 recipe,
-                _or_dash(figures.delivered_cosine, _short),
+                cosine(figures),
                 _or_dash(figures.delivered_share, percent),
                 _or_dash(figures.delivered_norm, _short),
                 str(row.lost_tensors),
@@ -140,9 +140,9 @@ def _delivered(rows: list[tuple[str, Figures | None, FormatRow]]) -> Iterator[st
     yield ""
     yield from _wrap(
         "cosine: between dw and dq, how far the update stands out of the noise of rounding; the lower, the likelier "
-        "that what was unlearned comes back. share: what arrives along the direction of dw; dq/dw: of their norms; "
-        "lost: tensors, and whole layers, with an update that no weight's code shows; p50, p99: quantiles of dw over "
-        "the step s, up to 2."
+        "that what was unlearned comes back, and lost: nothing arrives. share: what arrives along the direction of dw; "
+        "dq/dw: of their norms; lost, layers: tensors and whole layers with an update that no weight's code shows; "
+        "p50, p99: quantiles of dw over the step s, up to 2."
     )
 
 

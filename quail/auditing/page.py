@@ -7,7 +7,7 @@ from html import escape
 from quail_kernels import get_format
 
 from ..pages import STYLE, color, table
-from .figures import AuditReport, Calibration, Figures, NotCompared, OutputFigures, count, percent
+from .figures import AuditReport, Calibration, Figures, NotCompared, OutputFigures, cosine, count, percent
 
 _LOWEST_DB, _HIGHEST_DB = -40, 40
 
@@ -56,7 +56,7 @@ def _totals(report: AuditReport) -> Iterator[str]:
         rows.append(
             (
                 name,
-                _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}"),
+                cosine(figures),
                 _or_dash(figures.delivered_share, lambda share: f"{percent(share)} %"),
                 _or_dash(figures.delivered_norm, lambda number: f"{number:.2g}"),
                 count(figures.weights),
@@ -75,9 +75,9 @@ def _totals(report: AuditReport) -> Iterator[str]:
     yield (
         '<p class="note">dw: the update; dq: what it changes in the deployed values, each side on its own scales; '
         "s: the step of the weight's bucket. Cosine: between dw and dq, how far the update stands out of the noise of "
-        "rounding; the lower, the likelier that what was unlearned comes back. Delivered: &lt;dw, dq&gt; / |dw|&sup2;, "
-        "what arrives along the direction of the update. Flip law: the mean of min(|dw| / s, 1), the share of codes "
-        "that an update of weights in 16 bits is expected to change.</p>"
+        "rounding; the lower, the likelier that what was unlearned comes back, and lost: nothing arrives. Delivered: "
+        "&lt;dw, dq&gt; / |dw|&sup2;, what arrives along the direction of the update. Flip law: the mean of "
+        "min(|dw| / s, 1), the share of codes that an update of weights in 16 bits is expected to change.</p>"
     )
 
 
@@ -165,8 +165,7 @@ def _cell(layer: str, module: str, figures: Figures | None) -> str:
     share = figures.delivered_share
     if share is None:
         return f'<td class="none" title="{escape(told)}no update">-</td>'
-    cosine = _or_dash(figures.delivered_cosine, lambda number: f"{number:.2g}")
-    told += f"delivered {percent(share)} %, cosine {cosine}, |dq| / |dw| {figures.delivered_norm:.2g}"
+    told += f"delivered {percent(share)} %, cosine {cosine(figures)}, |dq| / |dw| {figures.delivered_norm:.2g}"
     ink = "#fff" if not 0.15 < share < 0.85 else "#1f2328"
     style = f"background: {color(share)}; color: {ink}"
     return f'<td style="{style}" title="{escape(told)}">{100 * share:.0f}</td>'
