@@ -122,11 +122,9 @@ class _StopOnValidation(TrainerCallback):
         model.eval()
         values = []
         for format in self.formats:
-            # What a format makes of a weight is a number of bf16 already.
-            as_saved = self.stop.weights == "saved" and format is None
-            with autocast(), stored_in(model, torch.bfloat16) if as_saved else nullcontext():
-                with fake_quantized(model, format):
-                    values.append(self.task.validate(model)[self.stop.metric])
+            stored = stored_in(model, torch.bfloat16) if self.stop.weights == "saved" else nullcontext()
+            with autocast(), stored, fake_quantized(model, format):
+                values.append(self.task.validate(model)[self.stop.metric])
         value = max(values)
         model.train(was_training)
         self.trace.append((state.global_step, value))
