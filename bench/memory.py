@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quail_kernels import linear_logit_margin_hinge
+from quail_kernels import cpu, linear_logit_margin_hinge
 from quail_kernels.margin_hinge import NORMS, SPACES
 
 from . import machine, results
@@ -104,7 +104,8 @@ def measure(step: Step) -> dict:
     run = {"eager": _eager, "quail": _quail}[step.path]
     dtype = getattr(torch, step.dtype)
     options = {"norm": step.norm, "space": step.space, "margin": MARGINS[step.norm]}
-    run(*_inputs(64, 1024, 64, dtype), **options).backward()
+    # Large enough for the loops of quail_kernels.cpu, which are loaded once a process: 100 MB with their compiler.
+    run(*_inputs(4 * cpu.LEAST_ELEMENTS // 1024, 1024, 64, dtype), **options).backward()
     inputs = _inputs(step.tokens, step.vocabulary, step.hidden, dtype)
     forget_peak()
     before, began = resident("VmRSS"), time.perf_counter()
