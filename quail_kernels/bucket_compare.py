@@ -355,13 +355,14 @@ def _bucket_compare_fwd_kernel(
     """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of
     ``n_steps`` tiles of two thousand pairs or more, and 4 a group with PER_GROUP.
 
-    On sm_90 with Triton 3.7 a pair takes about 56 instructions (bucket_compare ct-int4-sym bf16 own), about 72
-    instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 56 instructions (bucket_compare ct-int4-sym fp32
+    On sm_90 with Triton 3.7 a pair takes about 54 instructions (bucket_compare ct-int4-sym bf16 own), about 70
+    instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 54 instructions (bucket_compare ct-int4-sym fp32
     own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory.
     Without fewer figures it cannot be otherwise: a pair is rounded twice, and what ``fake_quant`` takes for that,
-    about 17 and about 22 a weight, makes 34 and 43 before anything is compared or counted. Of the 56, by opcode and
-    roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 8,
-    values 5, the three flags 8, counting distances 8, the change and its sums 6, a program's end 3.
+    about 16 a weight for both, makes 32 before anything is compared or counted. Of the 54, by opcode and roughly: loads
+    and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 6, values 5, the three
+    flags 8, counting distances 8, the change and its sums 6, a program's end 2. Twice the weights a thread would share
+    the fit among more of them (51), at 225 registers, and spill some of NF4's.
     """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
@@ -439,8 +440,10 @@ def _bucket_compare_fwd_kernel(
         distance = tl.abs(y_bucket - bucket)
         if KIND == "q4_0":  # a scale of the other sign numbers them from the other end
             distance = tl.minimum(distance, 15)
-        value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
-        y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS).to(dtype).to(tl.float32)
+        value = tile_value(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, True)
+        value = value.to(dtype).to(tl.float32)
+        y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, True)
+        y_value = y_value.to(dtype).to(tl.float32)
         change = tl.abs(y - x)
         step, steps = tile_step(
             change, pos, scale, aux, table_ptr, dtype, KIND, RULE, THRESHOLDS, WIDTHS, INVERSE_WIDTHS
@@ -517,6 +520,7 @@ def _bucket_compare_triton(
         of_before = recipe.fit(ends, False, None)
     else:
         of_before = recipe.fit_tensor(before)
+    resident_warps = 12 if per_group or constants["THRESHOLDS"] is None else None
     with torch.cuda.device_of(before):
         _bucket_compare_fwd_kernel[(programs,)](
             counts,
@@ -539,7 +543,7 @@ def _bucket_compare_triton(
             PER_GROUP=per_group,
             **constants,
             # Two weights, two grids and five counters are alive at once: more would spill registers.
-            **launch_options(constants, 16 if constants["BLOCK_PARTS"] > 1 else 8, 12 if per_group else None),
+            **launch_options(constants, 16 if constants["BLOCK_PARTS"] > 1 else 8, resident_warps),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()

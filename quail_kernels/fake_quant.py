@@ -51,6 +51,7 @@ from .formats.tiles import (
 )
 
 _TILE = 2048
+_QUANTIZE_BYTES = 8192  # of a tile: twice the weights of 16 bits spread a group's parameters and a store over more
 
 
 def _fake_quant_torch(w: torch.Tensor, recipe: Format) -> torch.Tensor:
@@ -177,7 +178,7 @@ def _fake_quant_fwd_kernel(
 ):
     """Reads each weight once and writes it once: 4 bytes a weight in bf16 and fp16, 8 in fp32.
 
-    On sm_90 about 22 instructions (fake_quant bnb-nf4 bf16), about 17 instructions (fake_quant ct-int4-sym bf16); an
+    On sm_90 about 16 instructions (fake_quant bnb-nf4 bf16), about 16 instructions (fake_quant ct-int4-sym bf16); an
     H100 has time for 35 in 4 bytes.
     """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
@@ -243,8 +244,8 @@ def _quantize_fwd_kernel(
     """Reads each weight once and writes half a byte for it, and its group's parameters once: in bf16 2.5 bytes a
     weight, and 4 (bitsandbytes), 2 (``ct-int4-sym``) or 8 (``minmax-int4``) a group.
 
-    On sm_90 about 22 instructions (quantize bnb-nf4 bf16), about 20 instructions (quantize ct-int4-sym bf16); an H100
-    has time for 22 in 2.5 bytes. Arithmetic bounds recipes with more of it: FP4's look-up, zero points, E2M1.
+    On sm_90 about 17 instructions (quantize bnb-nf4 bf16), about 15 instructions (quantize ct-int4-sym bf16), at most
+    about 21 instructions (quantize ct-int4-asym bf16); an H100 has time for 22 in 2.5 bytes.
     """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
@@ -278,14 +279,19 @@ def _quantize_fwd_kernel(
     code = tl.where(mask, tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, CODES), PAD_CODE)
     PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
     high, low_nibble = tl.split(code.reshape(BLOCK_PARTS, BLOCK_GROUPS, PART // 2, 2))
-    pair = (tl.arange(0, BLOCK_PARTS) * (PART // 2))[:, None, None] + tl.arange(0, PART // 2)[None, None, :]
-    # In pairs and not in weights: the compiler then sees that a thread's bytes are neighbours.
-    pairs = group * (GROUP_SIZE // 2) + pair
+    packed = (high * 16 + low_nibble).to(tl.uint8)
+    # In the order of memory, and in pairs of weights: the compiler then sees that a thread's bytes are neighbours.
+    lanes = tl.arange(0, BLOCK_GROUPS * BLOCK_SIZE // 2)
+    if GROUP_SIZE == BLOCK_SIZE:
+        pairs = tile * (BLOCK_GROUPS * GROUP_SIZE // 2) + lanes
+        pair_mask = pairs < n_codes
+    else:
+        row, pair = lanes // (BLOCK_SIZE // 2), lanes % (BLOCK_SIZE // 2)
+        pairs = (tile * BLOCK_GROUPS + row) * (GROUP_SIZE // 2) + pair
+        pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
     if FULL:
         pair_mask = tl.full(pairs.shape, 1, tl.int1)
-    else:
-        pair_mask = (pair < GROUP_SIZE // 2) & (pairs < n_codes)
-    tl.store(codes_ptr + pairs, (high * 16 + low_nibble).to(tl.uint8), mask=pair_mask)
+    tl.store(codes_ptr + pairs, tl.permute(packed, (1, 0, 2)).reshape(lanes.shape), mask=pair_mask)
 
 
 @triton.jit
@@ -362,7 +368,7 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
     return w_q
 
 
-def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     n = w.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     w, layout = strided(w)
@@ -373,9 +379,9 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
         scales = torch.empty(recipe.params_shape(n), dtype=recipe.params_dtype(w.dtype), device=w.device)
     if not n:
         return codes, scales
-    # Sixteen weights a thread here, too: in parts of fewer, a thread's codes would not be neighbours.
-    parts = min(w.element_size(), -(-(recipe.group_size or tile) // 16))
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout, parts=parts)
+    # In chunks of 16 bytes a thread has 64, so that in four parts they are of one group.
+    tile = tile or _QUANTIZE_BYTES // w.element_size()
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout, parts=4)
     with torch.cuda.device_of(w):
         _quantize_fwd_kernel[_programs(n, constants)](
             codes,
@@ -391,7 +397,7 @@ def _quantize_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> tupl
             N_PARAMS=recipe.n_params,
             PAD_CODE=recipe.pad_code,
             **constants,
-            **launch_options(constants),
+            **launch_options(constants, 64 // w.element_size()),
         )
     return codes, scales
 

@@ -111,7 +111,7 @@ class Format:
         return None
 
     def column(self, name: str) -> int | None:
-        """Where the tuple of that name stands in ``kernel_table``; None where rank and entry are the same."""
+        """Where that tuple stands in ``kernel_table``, by cell; None where rank and entry are the same."""
         return None
 
     def kernel_constants(self, dtype: torch.dtype) -> dict:

@@ -23,16 +23,19 @@ from .._triton import tl, triton
 from .base import Format, look_up
 
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against 1 / 0: an fp32 subnormal, so no kernel may flush those
-# A kernel rounds 15.25 p + 16: 32 cells from -1 to 1, one word each of a cache line, so that a warp's look-ups are one
-# access. 1.5 * 2^23 + 16 leaves the cell in the low bits of the sum.
+# A kernel rounds a position times a scale, plus about 16, to one of 32 cells of one threshold at most. What it looks up
+# by cell is one word each of a cache line, so that a warp's look-ups are one access. 1.5 * 2^23 leaves the cell in the
+# low bits of the sum.
 _KERNEL_CELLS = 32
-_CELL_SCALE = 15.25
-_KERNEL_CELL_SCALE = tl.constexpr(_CELL_SCALE)
-_CELL_ORIGIN = tl.constexpr(12582912.0 + 16.0)
-_COLUMNS = {"levels": 64, "widths": 80, "codes": 96, "buckets": 112, "levels_by_code": 128, "inverse_widths": 144}
-_LEVELS, _WIDTHS, _LEVELS_BY_CODE, _INVERSE_WIDTHS = (
-    tl.constexpr(_COLUMNS[name]) for name in ("levels", "widths", "levels_by_code", "inverse_widths")
-)
+_CELL_ORIGIN = 12582912.0 + _KERNEL_CELLS / 2
+# Where in the table what stands: by cell the threshold and the rank below it, and of each of _BY_CELL what is below it
+# and what is above it; by rank or code the rest.
+_BY_CELL = ("levels", "codes", "buckets")
+_BY_RANK = ("levels", "widths", "inverse_widths", "levels_by_code")
+_PLANES = {name: (2 + 2 * i) * _KERNEL_CELLS for i, name in enumerate(_BY_CELL)}
+_COLUMNS = {name: (2 + 2 * len(_BY_CELL)) * _KERNEL_CELLS + 16 * i for i, name in enumerate(_BY_RANK)}
+_LEVELS_BY_CELL = tl.constexpr(_PLANES["levels"])
+_LEVELS, _WIDTHS, _INVERSE_WIDTHS, _LEVELS_BY_CODE = (tl.constexpr(_COLUMNS[name]) for name in _BY_RANK)
 _CELLS = 1365  # found by trying odd numbers: FP4 has a threshold at 0, and none may lie near an edge
 
 
@@ -134,34 +137,37 @@ class Levels(Format):
 
 @dataclass(frozen=True)
 class Codebook(Levels):
-    """Levels from -1 to 1 times the group's largest magnitude."""
+    """Levels from -1 to 1 times the group's largest magnitude; ``kernel_scale`` times a position is a kernel's cell."""
+
+    kernel_scale: float
 
     kind = "codebook"
 
     @functools.cached_property
-    def _kernel_cells(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
-        """(thresholds that every position is compared with, by cell one more, by cell the rank without them).
+    def _origins(self) -> tuple[float, float]:
+        """What is added for positions up to 0 and above it: a threshold at 0 lies between cells."""
+        return _CELL_ORIGIN - (0.0 in self.thresholds), _CELL_ORIGIN
 
-        A cell without a threshold has infinity.
-        """
-        at = [threshold * _CELL_SCALE + _KERNEL_CELLS / 2 for threshold in self.thresholds]
-        cells = [round(place) for place in at]
-        if any(abs(place % 1 - 0.5) < 0.001 for place in at) or cells[-1] == _KERNEL_CELLS - 1:
-            raise ValueError(f"{self.name}: expected thresholds apart from the edges of the cells")
-        always = tuple(t for i, t in enumerate(self.thresholds) if cells[i] in cells[:i])
-        own = dict(zip(reversed(cells), reversed(self.thresholds), strict=True))
-        single = [cell for cell, threshold in zip(cells, self.thresholds, strict=True) if threshold not in always]
-        below = [sum(other < cell for other in single) for cell in range(_KERNEL_CELLS)]
-        return always, tuple(own.get(cell, float("inf")) for cell in range(_KERNEL_CELLS)), tuple(below)
+    @functools.cached_property
+    def _kernel_cells(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """By cell (its threshold or infinity, the rank below it)."""
+        origins = [origin - _CELL_ORIGIN + _KERNEL_CELLS / 2 for origin in self._origins]
+        places = [threshold * self.kernel_scale + origins[threshold > 0] for threshold in self.thresholds]
+        own = {round(place): t for place, t in zip(places, self.thresholds, strict=True) if t != 0}
+        at_edge = any(abs(place % 1 - 0.5) < 0.001 for place in places) or self.kernel_scale > _KERNEL_CELLS / 2 - 1
+        if len(own) < sum(t != 0 for t in self.thresholds) or at_edge:
+            raise ValueError(f"{self.name}: expected thresholds apart from each other and from the edges of the cells")
+        below = [sum(round(place) < cell for place in places) for cell in range(_KERNEL_CELLS)]
+        return tuple(own.get(cell, float("inf")) for cell in range(_KERNEL_CELLS)), tuple(below)
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
-        return self._kernel_cells[0]
+        return (self.kernel_scale, *self._origins)
 
     def kernel_table(self, device: torch.device) -> torch.Tensor:
         return _kernel_table(self, device)
 
     def column(self, name: str) -> int | None:
-        return None if getattr(self, name) == tuple(range(16)) else _COLUMNS[name]
+        return None if getattr(self, name) == tuple(range(16)) else _PLANES[name]
 
     def fit(self, x: torch.Tensor, short: bool, of_tensor: torch.Tensor | None) -> torch.Tensor:
         absmax = x.float().abs().amax(dim=1)
@@ -191,15 +197,19 @@ class Codebook(Levels):
 
 @functools.cache
 def _kernel_table(recipe: Codebook, device: torch.device) -> torch.Tensor:
-    """int32 [160]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
-    _, own, below = recipe._kernel_cells
+    """int32 [320]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
+    own, below = recipe._kernel_cells
 
-    def bits(numbers):
-        return torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
+    def words(numbers):
+        dtype = torch.float32 if isinstance(numbers[0], float) else torch.int32
+        return torch.tensor(numbers, dtype=dtype, device="cpu").view(torch.int32)
 
-    words = [*bits(own), *below, *bits(recipe.levels), *bits(recipe.widths), *recipe.codes, *recipe.buckets]
-    words += bits(recipe.levels_by_code) + bits(recipe.inverse_widths)
-    return torch.tensor(words, dtype=torch.int32).to(device)
+    # Above the last threshold no cell has one of its own.
+    by_cell = [
+        words([getattr(recipe, name)[min(rank + above, 15)] for rank in below]) for name in _BY_CELL for above in (0, 1)
+    ]
+    by_rank = [words(getattr(recipe, name)) for name in _BY_RANK]
+    return torch.cat([words(own), words(below), *by_cell, *by_rank]).to(device)
 
 
 _SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -213,8 +223,8 @@ _FP4_MAGNITUDES = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float
 _FP4 = (*_FP4_MAGNITUDES.tolist(), 0.0, *(-_FP4_MAGNITUDES[1:]).tolist())
 
 RECIPES = (
-    Codebook("bnb-nf4", 64, _SIZES, False, levels_by_code=_NF4),
-    Codebook("bnb-fp4", 64, _SIZES, False, levels_by_code=_FP4),
+    Codebook("bnb-nf4", 64, _SIZES, False, levels_by_code=_NF4, kernel_scale=14.375),
+    Codebook("bnb-fp4", 64, _SIZES, False, levels_by_code=_FP4, kernel_scale=14.125),
 )
 
 
@@ -254,11 +264,24 @@ def entry_at(table_ptr, index):
 
 
 @triton.jit
-def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
+def _cell(pos, RULE: tl.constexpr):
+    SCALE: tl.constexpr = RULE[0]
+    BELOW: tl.constexpr = RULE[1]
+    ABOVE: tl.constexpr = RULE[2]
+    origin = tl.full(pos.shape, BELOW, tl.float32)
+    if BELOW != ABOVE:
+        origin = tl.where(pos > 0, ABOVE, origin)
+    # No threshold is so near the edge of a cell that the rounding of a product would matter.
+    place = tl.fma(pos, tl.full(pos.shape, SCALE, tl.float32), origin)
+    return place.to(tl.int32, bitcast=True) & 31
+
+
+@triton.jit
+def codebook_rank(pos, table_ptr, RULE: tl.constexpr):
     """The number of thresholds below pos; NaN was above all, as torch.bucketize has it.
 
-    What NF4 costs in other forms, in instructions a weight for sm_90 with Triton 3.7 (in brackets those on the pipe for
-    compares, selects and integers, which is half as wide), without what bucket_compare has saved elsewhere since:
+    What NF4 cost in other forms, in instructions a weight for sm_90 with Triton 3.7 (in brackets those on the pipe for
+    compares, selects and integers, which is half as wide), all else being as it was then:
 
                                              fake_quant bf16      fp32           bucket_compare bf16
         chain of 15 compares and selects     41.6 (35.7)          44.8 (37.9)    295.9 (246.6)
@@ -268,20 +291,31 @@ def codebook_rank(pos, table_ptr, ALWAYS: tl.constexpr):
         32 cells, tl.gather                  34.3 (23.1)          37.2 (24.9)    247.6 (166.9), three quarters of them
         32 cells, loads from a table         26.4 (14.3)          29.7 (16.6)    160.9 (97.8)
 
-    The last is what stands here; the clamp to -1 and 1 adds one. sm_80 and sm_100 are within 3 of these in fake_quant,
-    but for the tree in bf16 (34.8, 37.2). An H100 has time for 35 (17.7) in bf16 and 71 (35) in fp32.
+    The last is what stands here. sm_80 and sm_100 were within 3 of these in fake_quant, but for the tree in bf16 (34.8,
+    37.2). An H100 has time for 35 (17.7) in bf16 and 71 (35) in fp32. Since then fake_quant has come to 21.6 in bf16,
+    to 20.6 with one multiply-add for the cell, and to 16.5 with the level looked up by cell, too (``codebook_entry``).
     """
-    cell = (pos * _KERNEL_CELL_SCALE + _CELL_ORIGIN).to(tl.int32, bitcast=True) & 31
+    cell = _cell(pos, RULE)
     own = entry_at(table_ptr, cell).to(tl.float32, bitcast=True)
-    rank = entry_at(table_ptr + 32, cell) + tl.where(pos <= own, 0, 1)
-    for i in tl.static_range(len(ALWAYS)):
-        rank += tl.where(pos <= ALWAYS[i], 0, 1)
-    return rank
+    return entry_at(table_ptr + 32, cell) + tl.where(pos <= own, 0, 1)
 
 
 @triton.jit
-def codebook_level(rank, table_ptr):
-    return entry_at(table_ptr + _LEVELS, rank).to(tl.float32, bitcast=True)
+def codebook_entry(pos, table_ptr, RULE: tl.constexpr, PLANES: tl.constexpr):
+    """The int32 of a column that stands in the table by cell, without the detour over the rank."""
+    cell = _cell(pos, RULE)
+    own = entry_at(table_ptr, cell).to(tl.float32, bitcast=True)
+    return tl.where(pos <= own, entry_at(table_ptr + PLANES, cell), entry_at(table_ptr + PLANES + 32, cell))
+
+
+@triton.jit
+def codebook_level(pos, table_ptr, RULE: tl.constexpr, BY_RANK: tl.constexpr):
+    """BY_RANK: the rank is there for other reasons."""
+    if BY_RANK:
+        bits = entry_at(table_ptr + _LEVELS, codebook_rank(pos, table_ptr, RULE))
+    else:
+        bits = codebook_entry(pos, table_ptr, RULE, _LEVELS_BY_CELL)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

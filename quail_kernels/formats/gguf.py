@@ -134,7 +134,7 @@ def gguf_position(x, scale, ZERO: tl.constexpr, OWN: tl.constexpr):
     up = x * inverse + (ZERO + 0.5)
     if not OWN:
         up = tl.where(up < float("inf"), up, 0.0)
-    return shifted(tl.floor(tl.minimum(tl.maximum(up, 0.0), 15.0))) - ZERO
+    return tl.floor(tl.minimum(tl.maximum(up, 0.0), 15.0)) + shifted(-ZERO)
 
 
 @triton.jit

@@ -299,13 +299,15 @@ def _quotient(x, scale, dtype, IN_FP32: tl.constexpr, FAR: tl.constexpr, UNBOUND
 
 
 @triton.jit
-def _known(position, scale, OWN: tl.constexpr):
-    """The position, 0 where it is NaN: on a scale that was fitted to x too, whole groups are or are not."""
+def _clamped(position, scale, lowest, highest, zero, OWN: tl.constexpr):
+    """From ``lowest`` to ``highest``; NaN, and all that shares a scale of NaN or infinity, at ``zero``."""
     if OWN:
-        position = tl.where(tl.abs(scale) < float("inf"), position, 0.0)
+        # On a scale that was fitted to x too, whole groups are numbers or are not: their ends are what differs.
+        known = tl.abs(scale) < float("inf")
+        lowest, highest = tl.where(known, lowest, zero), tl.where(known, highest, zero)
     else:
-        position = tl.where(position == position, position, 0.0)
-    return position
+        position = tl.where(position == position, position, zero)
+    return _within(position, lowest, highest)
 
 
 @triton.jit
@@ -318,8 +320,8 @@ def symmetric_fit(absmax, dtype, RULE: tl.constexpr):
 @triton.jit
 def symmetric_position(x, scale, dtype, RULE: tl.constexpr, OWN: tl.constexpr):
     """q + 1.5 * 2^23."""
-    position = _known(_quotient(x, scale, dtype, RULE[3], is_far(dtype, RULE), not OWN), scale, OWN)
-    return _within(shifted(position), shifted(-8.0), shifted(7.0))
+    position = shifted(_quotient(x, scale, dtype, RULE[3], is_far(dtype, RULE), not OWN))
+    return _clamped(position, scale, shifted(-8.0), shifted(7.0), shifted(0.0), OWN)
 
 
 @triton.jit
@@ -359,13 +361,14 @@ def zero_point_position(x, scale, zero_point, dtype, RULE: tl.constexpr, OWN: tl
     ZERO_POINT_FIRST: tl.constexpr = RULE[4]
     LIKE_GPTQ: tl.constexpr = RULE[5]
     UNBOUNDED: tl.constexpr = not (OWN and ZERO_IN_RANGE)
-    position = _known(_quotient(x, scale, dtype, LIKE_GPTQ, is_far(dtype, RULE), UNBOUNDED), scale, OWN)
+    position = _quotient(x, scale, dtype, LIKE_GPTQ, is_far(dtype, RULE), UNBOUNDED)
     lowest, highest = shifted(LOWEST), shifted(LOWEST + 15.0)
     if ZERO_POINT_FIRST:
         position = shifted(_rounded_to(position + zero_point, dtype, LIKE_GPTQ))
-        position = _within(position, lowest, highest) - zero_point
+        position = _clamped(position, scale, lowest, highest, shifted(zero_point), OWN) - zero_point
     else:
-        position = _within(shifted(position), -zero_point + lowest, -zero_point + highest)
+        lowest, highest = -zero_point + lowest, -zero_point + highest
+        position = _clamped(shifted(position), scale, lowest, highest, shifted(0.0), OWN)
     return position
 
 
@@ -395,5 +398,5 @@ def minmax_fit(x, mask):
 @triton.jit
 def minmax_position(x, step, low, dtype, OWN: tl.constexpr):
     """The bucket + 1.5 * 2^23."""
-    position = _known(_quotient(x - low, step, dtype, True, is_far(dtype, ()), not OWN), step, OWN)
-    return shifted(_within(tl.floor(position), 0.0, 15.0))
+    position = tl.floor(_quotient(x - low, step, dtype, True, is_far(dtype, ()), not OWN))
+    return shifted(_clamped(position, step, 0.0, 15.0, 0.0, OWN))

@@ -217,12 +217,8 @@ def mx_inverse(unit):
 def mx_position(x, scale, KIND: tl.constexpr, OWN: tl.constexpr):
     inverse = mx_inverse(mx_unit(scale, KIND))
     pos = x * inverse
-    if OWN:
-        # On its own scale a weight is NaN only where the scale is, and that is so for the group.
-        pos = tl.where(inverse == inverse, pos, 6.0)
-    else:
-        pos = tl.where(pos == pos, pos, 6.0)
-    return e2m1(pos, KIND == "mx_gguf")
+    # On its own scale a weight is NaN only where the scale is, and that is so for the group.
+    return e2m1(pos, inverse == inverse if OWN else pos == pos, KIND == "mx_gguf")
 
 
 @triton.jit
@@ -242,15 +238,15 @@ def e4m3(x):
 
 
 @triton.jit
-def nvfp4_position(x, scale, of_tensor):
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), of_tensor)
-    pos = x * tl.div_rn(inverse, scale)
-    return e2m1(tl.where(pos == pos, pos, 6.0), False)
+def nvfp4_position(x, scale, of_tensor, OWN: tl.constexpr):
+    inverse = tl.div_rn(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), of_tensor), scale)
+    pos = x * inverse
+    return e2m1(pos, inverse == inverse if OWN else pos == pos, False)
 
 
 @triton.jit
-def e2m1(pos, TIES_TO_ZERO: tl.constexpr):
-    """fp32, but no NaN, to the nearest E2M1 number of the same sign, saturating.
+def e2m1(pos, is_number, TIES_TO_ZERO: tl.constexpr):
+    """fp32 to the nearest E2M1 number of the same sign, saturating; NaN, of which ``is_number`` is false, to 6.
 
     Ties go to the even code, or to the smaller magnitude, where then a zero of either sign is 0.
     """
@@ -259,19 +255,20 @@ def e2m1(pos, TIES_TO_ZERO: tl.constexpr):
     twice_spacing = (tl.maximum(magnitude, 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     # Adding 1.5 * 2^23 times the levels' spacing leaves none of the bits below that.
     shift = twice_spacing * 6291456.0
-    level = (magnitude + shift) - shift
     if TIES_TO_ZERO:
-        level = tl.where(level - magnitude == 0.25 * twice_spacing, level - 0.5 * twice_spacing, level)
-    sign = pos.to(tl.int32, bitcast=True) & -2147483648
+        # Rounded once, a product that is below a tie by less than the next number is apart from it.
+        level = tl.fma(magnitude, tl.full(magnitude.shape, 1 - 2.0**-24, tl.float32), shift) - shift
+    else:
+        level = (magnitude + shift) - shift
+    sign = pos.to(tl.int32, bitcast=True) & tl.where(is_number, -2147483648, 0)
     signed = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(level == 0, 0.0, signed) if TIES_TO_ZERO else signed
+    return signed + 0.0 if TIES_TO_ZERO else signed
 
 
 @triton.jit
 def e2m1_code(level):
     """Times 2^-126 an E2M1 number, subnormal or not, has in fp32 the exponent and the bit that it is coded with."""
-    bits = (level * 2.0**-126).to(tl.int32, bitcast=True)
-    return ((bits >> 28) & 8) | ((bits >> 22) & 7)
+    return ((level.to(tl.int32, bitcast=True) >> 28) & 8) | (_e2m1_magnitude(level) >> 22)
 
 
 @triton.jit

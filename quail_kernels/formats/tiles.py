@@ -20,6 +20,7 @@ import torch
 from .._triton import largest, shifted, tl, triton, unshifted
 from .base import Format
 from .codebook import (
+    codebook_entry,
     codebook_fit,
     codebook_inverse,
     codebook_inverse_width,
@@ -28,7 +29,6 @@ from .codebook import (
     codebook_position,
     codebook_rank,
     codebook_width,
-    entry_at,
 )
 from .gguf import gguf_position, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
@@ -264,7 +264,7 @@ def tile_position(
     elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
         pos = mx_position(x, scale, KIND, OWN)
     elif KIND == "nvfp4":
-        pos = nvfp4_position(x, scale, aux)
+        pos = nvfp4_position(x, scale, aux, OWN)
     else:
         tl.static_assert(KIND == "minmax")
         pos = minmax_position(x, scale, aux, dtype, OWN)
@@ -296,9 +296,10 @@ def tile_entry(
     if THRESHOLDS is None:
         number = e2m1_code(pos)
     elif len(THRESHOLDS):
-        number = codebook_rank(pos, table_ptr, RULE)
-        if COLUMN is not None:
-            number = entry_at(table_ptr + COLUMN, number)
+        if COLUMN is None:
+            number = codebook_rank(pos, table_ptr, RULE)
+        else:
+            number = codebook_entry(pos, table_ptr, RULE, COLUMN)
     else:
         number = _uniform_rank(pos, aux, KIND, LEVELS)
     return number
@@ -364,13 +365,24 @@ def tile_scaled(level, scale, aux, KIND: tl.constexpr):
 
 @triton.jit
 def tile_value(
-    pos, scale, aux, table_ptr, KIND: tl.constexpr, RULE: tl.constexpr, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr
+    pos,
+    scale,
+    aux,
+    table_ptr,
+    KIND: tl.constexpr,
+    RULE: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BY_RANK: tl.constexpr = False,
 ):
-    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype."""
+    """What the weight dequantizes to, in fp32 and not yet rounded to the model's dtype.
+
+    BY_RANK: the kernel needs the rank, too.
+    """
     if THRESHOLDS is None:
         value = tile_scaled(pos, scale, aux, KIND)
     elif len(THRESHOLDS):
-        value = tile_scaled(codebook_level(codebook_rank(pos, table_ptr, RULE), table_ptr), scale, aux, KIND)
+        value = tile_scaled(codebook_level(pos, table_ptr, RULE, BY_RANK), scale, aux, KIND)
     elif KIND == "zero_point" or KIND == "zero_point_fp16":
         value = zero_point_value(unshifted(pos), scale, KIND == "zero_point_fp16")
     else:

@@ -18,9 +18,9 @@ def _kernel(out_ptr, x_ptr, WHAT: tl.constexpr, BLOCK: tl.constexpr):
     if WHAT == 0:
         out = microscaling.e4m3(x)
     elif WHAT == 1:
-        out = microscaling.e2m1(tl.where(x == x, x, 6.0), False)
+        out = microscaling.e2m1(x, x == x, False)
     elif WHAT == 2:
-        out = microscaling.e2m1(tl.where(x == x, x, 6.0), True)
+        out = microscaling.e2m1(x, x == x, True)
     elif WHAT == 3:
         out = microscaling.e2m1_level(microscaling.e2m1_code(x))
     elif WHAT == 4:

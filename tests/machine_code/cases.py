@@ -61,7 +61,11 @@ def _lanes_of_program(arguments: dict) -> int:
 
 
 def _fused(recipe, dtype: torch.dtype) -> int:
-    """Of the division by a group's scale, where it is exact in fp32 (``_quotient`` in formats/integer.py)."""
+    """Where rounding once is what is wanted, or changes nothing: in the division by a group's scale, where it is exact
+    in fp32 (``_quotient`` in formats/integer.py), the cell of a codebook's position, and ties that go to zero.
+    """
+    if recipe.kind in ("codebook", "mx_gguf"):
+        return 1
     in_fp32 = (
         dtype == torch.float32 or recipe.kind in ("minmax", "zero_point_fp16") or getattr(recipe, "in_fp32", False)
     )

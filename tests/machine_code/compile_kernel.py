@@ -74,7 +74,7 @@ class Code:
         resident: warps that a multiprocessor holds at once, as its registers, shared memory and slots allow.
         loads, stores: by pointer argument, {bits of one access: bytes of them in the program's text, over all threads}.
         inexact: instructions for a division, root or exponential that is not correctly rounded.
-        fused: multiply-adds, which round once.
+        fused: (fewest, most) multiply-adds, which round once: of an instruction for two, one may be for nothing.
         flushed: whether arithmetic flushes subnormal numbers to zero.
         atomics: whether global memory is updated atomically.
         threads: in a program.
@@ -88,7 +88,7 @@ class Code:
     loads: dict[str, dict[int, int]]
     stores: dict[str, dict[int, int]]
     inexact: list[str]
-    fused: int
+    fused: tuple[int, int]
     flushed: bool
     atomics: bool
     threads: int
@@ -168,6 +168,7 @@ def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
         target.warps // warps,
     )
     loads, stores = _accesses_in_ptx(ptx, _pointers(launch), threads)
+    multiply_adds = len(re.findall(r"\bfma\.rn", ptx))
     return Code(
         registers=registers,
         spilled=stack + local,
@@ -175,7 +176,7 @@ def _read_nvidia(compiled, launch: Launch, target: Target) -> Code:
         loads=loads,
         stores=stores,
         inexact=sorted(set(re.findall(r"\b\w+\.(?:full|approx)[.\w]*", ptx))),
-        fused=len(re.findall(r"\bfma\.rn", ptx)) + len(re.findall(r"\bfma\.rn\S*\.f32x2", ptx)),
+        fused=(multiply_adds, multiply_adds + len(re.findall(r"\bfma\.rn\S*\.f32x2", ptx))),
         # What floor flushes to 0 is a position in the lowest bucket either way.
         flushed=re.search(r"(?<!cvt\.rmi)\.ftz", ptx) is not None,
         atomics=re.search(r"\b(atom|red)\.", ptx) is not None,
@@ -208,7 +209,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
     divisions = count("v_div_fixup_f32")
     # With 0 as its third operand a mixed multiply-add is a product.
     multiply_adds = count(r"v_(?:pk_)?(?:fma|mad|mac)\w*_f(?:16|32)\w*") - count(r"v_fma_mix\w* .*, 0")
-    multiply_adds += count(r"v_pk_(?:fma|mad)\w*_f(?:16|32)\w*")
+    multiply_adds -= 5 * divisions
     approximate = {name: count(rf"v_{name}_f\w*") for name in ("rcp", "rsq", "sqrt", "exp", "log")}
     approximate["rcp"] -= divisions
     return Code(
@@ -219,7 +220,7 @@ def _read_amd(compiled, launch: Launch, target: Target) -> Code:
         loads=loads,
         stores=stores,
         inexact=sorted(f"v_{name}" for name, times in approximate.items() if times),
-        fused=multiply_adds - 5 * divisions,
+        fused=(multiply_adds, multiply_adds + count(r"v_pk_(?:fma|mad)\w*_f(?:16|32)\w*")),
         flushed=number("amdhsa_float_denorm_mode_32") != 3,
         atomics=re.search(r"^\s+\w*_atomic_", text, re.MULTILINE) is not None,
         text=text,
