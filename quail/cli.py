@@ -151,7 +151,7 @@ def _unlearn_into(args, scratch: str) -> None:
     from .data import load_examples, load_refusals
     from .models import load_for_training, refuse_to_overwrite, save_checkpoint
     from .trainer import QuailConfig, QuailTrainer, make_dataset
-    from .weights import stored_in
+    from .weights import store_in_
 
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
@@ -167,8 +167,7 @@ def _unlearn_into(args, scratch: str) -> None:
     trainer.train()
     unlearned = trainer.unlearned()
     trained = _mean_nll(unlearned, dataset.forget, tokenizer)
-    with stored_in(unlearned, dtype):
-        saved = _mean_nll(unlearned, dataset.forget, tokenizer)
+    saved = _mean_nll(store_in_(unlearned, dtype), dataset.forget, tokenizer)
     save_checkpoint(unlearned.cpu(), tokenizer, out, dtype)
     how = f"hinge margin {trainer.hinge_margin:.4g}" if config.gamma else "no hinge"
     if config.fake_quant:

@@ -113,6 +113,14 @@ def deploy_weights_(model: nn.Module, format: str) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def store_in_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Gives the parameters the values that a checkpoint in ``dtype`` keeps, in place and in their own dtype."""
+    for p in model.parameters():
+        p.copy_(p.to(dtype))
+    return model
+
+
 @contextlib.contextmanager
 @torch.no_grad()
 def stored_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
@@ -127,9 +135,7 @@ def stored_in(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     if adapters:
         model.merge_adapter()
     try:
-        for p in model.parameters():
-            p.copy_(p.to(dtype))
-        yield model
+        yield store_in_(model, dtype)
     finally:
         if adapters:
             model.unmerge_adapter()

@@ -718,10 +718,11 @@ def linear_logit_margin_hinge(
 
     Memory: beside its results, ``chunk_tokens`` rows of logits of each model, and in the backward pass a quarter as
     many logits, in blocks of the vocabulary. Measured on a CPU (``python -m bench.memory``) at 4,096 tokens, a
-    vocabulary of 128,256 and hidden size 2,048 in bf16: 0.75 to 0.79 GB beyond the inputs, where the eager hinge takes
-    8.4 (label) to 12.6 GB (per_logit), 6 to 9 %. 0.54 GB of that are the gradients of hidden and weight, which eager
-    returns as well; in the forward pass, without them, it is 0.58 to 0.62 GB. In fp32 these gradients alone are a tenth
-    of eager's memory, 1.08 of 10.5 GB (per_logit): no path that returns them is far below it (bench/memory.py reckons).
+    vocabulary of 128,256 and hidden size 2,048 in bf16: 0.71 to 0.74 GB beyond the inputs, where the eager hinge takes
+    8.4 (label) to 14.7 GB (per_logit on log_probs), 5 to 9 %. 0.54 GB of that are the gradients of hidden and weight,
+    which eager returns as well; in the forward pass, without them, it is 0.53 to 0.56 GB. In fp32 these gradients alone
+    are a tenth of eager's memory, 1.08 of 10.5 GB (per_logit): no path that returns them is far below it
+    (bench/memory.py reckons).
 
     Args:
         hidden: float32, bfloat16 or float16 [..., D], of the model that unlearns, aligned with ``labels``:

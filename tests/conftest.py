@@ -1,7 +1,10 @@
 """For the whole suite: no spinning threads, no network, no uninitialized memory taken for a result."""
 
 import os
+import signal
 
+# What a shell runs in the background has SIGINT ignored, and so would the children that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # OpenMP reads it when torch is imported: on few cores, threads that spin while they wait starve the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
