@@ -256,7 +256,7 @@ def e2m1(pos, is_number, TIES_TO_ZERO: tl.constexpr):
     # Adding 1.5 * 2^23 times the levels' spacing leaves none of the bits below that.
     shift = twice_spacing * 6291456.0
     if TIES_TO_ZERO:
-        # Rounded once, a product that is below a tie by less than the next number is apart from it.
+        # A tie becomes a little less than one, which is not lost, as product and sum are rounded once.
         level = tl.fma(magnitude, tl.full(magnitude.shape, 1 - 2.0**-24, tl.float32), shift) - shift
     else:
         level = (magnitude + shift) - shift
