@@ -359,10 +359,10 @@ def _bucket_compare_fwd_kernel(
     instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 54 instructions (bucket_compare ct-int4-sym fp32
     own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory.
     With these figures, in fp32 arithmetic, it can hardly be otherwise: a pair is rounded twice, and what ``fake_quant``
-    takes for that, about 16 a weight for both, makes 32 before anything is compared or counted. Of the 54, by opcode and roughly: loads
-    and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 6, values 5, the three
-    flags 8, counting distances 8, the change and its sums 6, a program's end 2. Twice the weights a thread would share
-    the fit among more of them (51), at 225 registers, and spill some of NF4's.
+    takes for that, about 16 a weight for both, makes 32 before anything is compared or counted. Of the 54, by opcode
+    and roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 6,
+    values 5, the three flags 8, counting distances 8, the change and its sums 6, a program's end 2. Twice the weights a
+    thread would share the fit among more of them (51), at 225 registers, and spill some of NF4's.
     """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
