@@ -392,7 +392,7 @@ class Run:
             f"{100 * LARGEST_RETAIN_LOSS:g} points of retain loss beyond the method in full precision"
         ).replace("%", " %")
         names = self.everywhere
-        counted = f"{total} method{'' if total == 1 else 's'} run in {where}, {named_seeds(self.seeds)}"
+        counted = f"{total} method{'' if total == 1 else 's'} run in {where} ({named_seeds(self.seeds)})"
         if not names:
             return f"Of {counted}, none met the bar: {rule}."
         return f"Of {counted}, {len(names)} met the bar ({rule}): {', '.join(names)}."

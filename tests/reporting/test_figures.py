@@ -31,7 +31,7 @@ def test_golden_numbers(small, tmp_path):
     assert (a.verdict, b.verdict) == (CAME_BACK, KEPT)
     assert b.deployments["bnb-nf4"].recovery.value == 0.0
     assert run.everywhere == ["B"] and run.headline.endswith(": B.")
-    assert run.headline.startswith("Of 2 methods run in the one regime, seed 0, 1 met the bar (recovery under 5 %")
+    assert run.headline.startswith("Of 2 methods run in the one regime (seed 0), 1 met the bar (recovery under 5 %")
     assert run.not_run is None and run.failed == ()
     assert (a.steps, a.seconds, a.number, b.number) == ({0: 7}, 30.0, 1, 2)
     assert (run.forget_examples, run.retain_examples, run.metric) == (20, 10, "exact")
@@ -172,7 +172,7 @@ def test_a_headline_needs_every_regime(make_results, tmp_path):
             made.row("B", quantizer, 20 if (regime, quantizer) == ("grid:bnb-nf4", "bnb-nf4") else 0, regime=regime)
     run = read_run(made.write(tmp_path))
     assert run.everywhere == ["A"] and run.regimes[0].of(KEPT) == [of(run, "A"), of(run, "B")]
-    assert run.headline.startswith("Of 2 methods run in both regimes, seed 0, 1 met the bar")
+    assert run.headline.startswith("Of 2 methods run in both regimes (seed 0), 1 met the bar")
     assert [regime.title for regime in run.regimes] == ["Shipped in 16 bits", "Shipped in bnb-nf4"]
 
 
@@ -192,7 +192,7 @@ def test_the_headline_speaks_of_what_ran(make_results, tmp_path):
     run = read_run(made.write(tmp_path))
     assert run.methods_run == ["A", "B"] and run.everywhere == ["A"]
     assert run.headline.startswith(
-        "Of 2 methods run in 2 of 3 regimes (Shipped in 16 bits, Shipped in bnb-nf4), seeds 0, 1, 1 met the bar ("
+        "Of 2 methods run in 2 of 3 regimes (Shipped in 16 bits, Shipped in bnb-nf4) (seeds 0, 1), 1 met the bar ("
     )
     assert run.not_run == (
         "Not run: 1 of 3 regimes (Shipped in bnb-fp4); 1 of 4 methods (D); 1 of 3 seeds (2); of the rest "
