@@ -266,7 +266,7 @@ def test_conv1d_is_measured_along_its_inputs(tiny_checkpoint, tmp_path):
 
 
 def test_an_adapter_is_measured_as_the_merged_model_is(pair, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: it makes the adapters")
     torch.manual_seed(1)
     model = LlamaForCausalLM.from_pretrained(pair[0])
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -285,7 +285,7 @@ def test_an_adapter_is_measured_as_the_merged_model_is(pair, tmp_path):
 
 
 def test_a_gguf_file_is_measured_as_what_transformers_reads_of_it(pair, tmp_path):
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="gguf is not installed: it writes the files")
     from test_audit_sides import write_gguf
 
     path = write_gguf(LlamaForCausalLM.from_pretrained(pair[1]), tmp_path / "after.gguf", None)

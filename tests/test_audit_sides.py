@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from quail import audit
 
-gguf = pytest.importorskip("gguf")
-peft = pytest.importorskip("peft")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: it writes the files")
+peft = pytest.importorskip("peft", reason="peft is not installed: it makes the adapters")
 
 LLAMA = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
 NAMES = {

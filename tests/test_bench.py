@@ -606,7 +606,7 @@ def test_overhead_without_a_device(capsys):
 
 
 def test_pytest_bench_uses_the_same_cases(tmp_path):
-    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: it runs the timings")
     line = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "SmolLM2-135M and quail", "-p", "no:cacheprovider"]
     written = tmp_path / "benchmark.json"
     done = subprocess.run([*line, f"--benchmark-json={written}"], cwd=ROOT, capture_output=True, text=True, timeout=180)

@@ -248,7 +248,7 @@ def test_noise_is_straight_through():
 def test_stored_weights_are_those_of_the_checkpoint_and_come_back(lora, tmp_path):
     model = llama()
     if lora:
-        peft = pytest.importorskip("peft")
+        peft = pytest.importorskip("peft", reason="peft is not installed: it makes the adapters")
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     saved = copy.deepcopy(model)
