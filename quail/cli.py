@@ -151,7 +151,7 @@ def _unlearn_into(args, scratch: str) -> None:
     from .data import load_examples, load_refusals
     from .models import load_for_training, refuse_to_overwrite, save_checkpoint
     from .trainer import QuailConfig, QuailTrainer, make_dataset
-    from .weights import store_in_
+    from .weights import lies_on_another_grid, store_in_
 
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
@@ -160,6 +160,12 @@ def _unlearn_into(args, scratch: str) -> None:
     load_refusals(config.idk_answers)  # a file that cannot be read is said before a model is loaded
     stored = _stored_dtype(args.model)
     model, tokenizer = load_for_training(args.model)
+    if config.fake_quant == DEFAULT_FAKE_QUANT and lies_on_another_grid(model, DEFAULT_FAKE_QUANT):
+        print(
+            f"quail: {args.model} lies on the grid of a 4-bit recipe that is not {DEFAULT_FAKE_QUANT}; what passes on "
+            f"{DEFAULT_FAKE_QUANT} weights unlearn can come back in that recipe: name it, --set fake_quant=RECIPE",
+            file=sys.stderr,
+        )
     dataset = make_dataset(config, tokenizer, forget, retain, args.max_length)
     trainer = QuailTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     dtype = (getattr(torch, args.dtype) if args.dtype else stored) or torch.float32

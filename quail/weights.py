@@ -101,6 +101,28 @@ def bucket_widths(w: Tensor, format: str, group_size: int | None = None) -> Tens
 
 
 @torch.no_grad()
+def lies_on_another_grid(model: nn.Module, format: str) -> bool:
+    """Whether the linear layers that a deployment quantizes were shipped in 4 bits, and not in ``format``.
+
+    Dequantized weights take at most sixteen values in a group, and 32 neighbours are in one group of most recipes. So
+    the first 2^16 weights of each of up to eight layers are looked at: 99 % of their groups of 32, without those that
+    are one value throughout, have so few values, and ``format``, which has to reproduce its own values as those of
+    bitsandbytes do, changes more than 1 % of them.
+    """
+    layers = list(deployed_linears(model).values())
+    samples = [layer.weight[: max((1 << 16) // layer.in_features, 1)] for layer in layers[:: -(-len(layers) // 8)]]
+    few = groups = same = weights = 0
+    for w in (sample.detach().to(torch.bfloat16) for sample in samples):
+        values = w.reshape(-1)[: w.numel() // 32 * 32].float().view(-1, 32).sort(dim=1).values
+        distinct = 1 + (values.diff(dim=1) != 0).sum(dim=1)
+        few += int(((distinct > 1) & (distinct <= 16)).sum())
+        groups += int((distinct > 1).sum())
+        same += int((fake_quant(w, format) == w).sum())
+        weights += w.numel()
+    return few > 0.99 * groups and same < 0.99 * weights
+
+
+@torch.no_grad()
 def deploy_weights_(model: nn.Module, format: str) -> nn.Module:
     """Replaces the weights that ``fake_quantized`` would quantize by the dequantized values, in place.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quail.weights import deployed_linears
+from quail.weights import deploy_weights_, deployed_linears
 from quail_kernels import fake_quant
 
 TOFU = Path(__file__).parents[2] / "shared" / "data" / "tofu"
@@ -56,9 +56,22 @@ def test_unlearn_trains_on_the_weights_of_4_bits_unless_told_otherwise(unlearned
     done = quail(*common, "--lora-rank", 2, "--out", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
     assert all(on_grid(unlearned)) and not any(on_grid(tmp_path / "lora"))
-    assert "(no hinge)" in done.stdout
+    assert "(no hinge)" in done.stdout and "grid" not in done.stderr
     told = quail(*common, "--set", "gamma=1", "--set", "fake_quant=ct-int4-sym@32", "--out", tmp_path / "told")
     assert told.returncode == 0 and ", passes on ct-int4-sym@32 weights)" in told.stdout, told.stderr
+
+
+@pytest.mark.parametrize(("shipped_in", "warned"), [("bnb-nf4", False), ("ct-int4-sym@32", True)])
+def test_unlearn_says_that_the_weights_lie_on_another_grid(shipped_in, warned, tiny_checkpoint, sets, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    deploy_weights_(model, shipped_in).save_pretrained(tmp_path / "shipped")
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "shipped")
+    done = quail(
+        *("unlearn", "--model", tmp_path / "shipped", "--forget", sets / "forget.json"),
+        *("--out", tmp_path / "out", "--set", "max_steps=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("lies on the grid of a 4-bit recipe that is not bnb-nf4" in done.stderr) is warned, done.stderr
 
 
 def test_unlearn_leaves_an_ordinary_checkpoint(unlearned):

@@ -11,7 +11,7 @@ from quail import losses
 from quail.data import UnlearningCollator, UnlearningDataset, collate
 from quail.trainer import QuailTrainer, deploy_weights_
 from quail.updates import push_over_edge, saliency_masks
-from quail.weights import bucket_widths, deployed_linears, noisy, stored_in
+from quail.weights import bucket_widths, deployed_linears, lies_on_another_grid, noisy, stored_in
 from quail_kernels import FORMATS, bucket_compare, fake_quant, quantize
 
 FORGET, RETAIN = rows([(4, 3), (6, 1), (2, 7), (0, 4)]), rows([(3, 2), (5, 6), (1, 9), (2, 2)], seed=1)
@@ -229,6 +229,19 @@ def test_noise_has_the_width_of_the_weights_buckets(format):
     # The head, which a deployment leaves alone, is without noise.
     with noisy(model, format, "uniform"):
         assert "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_was_shipped_in_another_recipe_is_told(format, dtype):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(256, 320, bias=False, dtype=dtype) for _ in range(3)]
+    layers[1].weight.data[:40] = 0  # as pruning leaves them
+    model = torch.nn.Sequential(*layers)
+    assert not lies_on_another_grid(model, "bnb-nf4")
+    # Two groups of sixteen have more values than one of 32.
+    told = format not in ("bnb-nf4", "nvfp4")
+    assert lies_on_another_grid(deploy_weights_(model, format), "bnb-nf4") is told
 
 
 def test_noise_is_straight_through():
