@@ -33,7 +33,7 @@ from . import cpu
 from ._sharding import admit_dtensors
 from ._triton import larger, largest, tl, triton
 from .formats import Format, check_weight, get_format, group_chunks
-from .formats.base import flat_part, tensor_range
+from .formats.base import finite_inverse, flat_part, tensor_range
 from .formats.tiles import (
     in_parts,
     launch_options,
@@ -46,7 +46,8 @@ from .formats.tiles import (
     tile_mask,
     tile_offsets,
     tile_position,
-    tile_step,
+    tile_stretched,
+    tile_unit,
     tile_value,
 )
 
@@ -179,11 +180,8 @@ class Change:
         self.signed = self.after - self.before
         self.size = self.signed.abs()
         self.max_size = self.size.amax()
-        is_unchanged = torch.eq(self.size, 0, out=torch.empty_like(self.size))
-        self.n_unchanged = is_unchanged.sum()
+        self.n_unchanged = torch.eq(self.size, 0, out=torch.empty_like(self.size)).sum()
         self.sum_size = self.size.sum(dtype=torch.float64)
-        # Less than half of any step where nothing changed.
-        self._below = torch.sub(self.size, is_unchanged, out=is_unchanged)
         # All bits but the sign, which NaN may have, and none where nothing changed.
         self._mask = self.size.view(torch.int32).clamp(max=1).mul_(0x7FFFFFFF)
         bits = torch.int32 if before.dtype == torch.float32 else torch.int16
@@ -195,17 +193,16 @@ class Change:
     def sum_square(self) -> torch.Tensor:
         return self.signed.square().sum()
 
-    def is_below_half(self, step: torch.Tensor) -> torch.Tensor:
-        """1.0 where |dw| < step / 2 or dw = 0; ``step`` is [groups, group_size], or [groups, 1]."""
-        half = (step * 0.5).nan_to_num_(0, torch.inf)
-        size = self._below.view(len(step), -1)
-        return torch.lt(size, half, out=torch.empty_like(size))
-
-    def in_steps(self, recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        """|dw| in steps, and 0 where dw = 0, whatever the step; flat."""
-        ratio = recipe.in_steps(self.size.view(rank.shape), rank, params).view(-1)
+    def in_steps(self, recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(|dw| in steps, and 0 where dw = 0, whatever the step, flat; how many are below half a step, or 0)."""
+        unit = recipe.unit(params)[:, None]
+        size = recipe.stretched(self.size.view(rank.shape), rank)
+        # Above 0, so that no change is below it.
+        half = (unit * 0.5).nan_to_num_(0, torch.inf).clamp_(min=2.0**-149)
+        is_below = torch.lt(size, half, out=torch.empty_like(size))
+        ratio = torch.mul(size, finite_inverse(unit), out=torch.empty_like(size)).view(-1)
         ratio.view(torch.int32).bitwise_and_(self._mask)
-        return ratio
+        return ratio, is_below.sum().long()
 
     def is_zero_group(self, group_size: int) -> torch.Tensor:
         """By group of that many weights, whether all are zero in both tensors."""
@@ -221,12 +218,6 @@ def place_and_value(
     """(places of the buckets on the number line in int8, what they dequantize to in ``dtype``, as fp32), flat."""
     value = recipe.value(rank, params).to(dtype).float()
     return recipe.bucket(rank, params).view(-1), value.view(-1)
-
-
-def step_of(recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """``Format.step``, [groups, 1] where the buckets of a group are of one width."""
-    step = recipe.step(rank, params)
-    return step if step.stride(1) else step[:, :1]
 
 
 def count_distances(counts: list[int], bucket: torch.Tensor, other: torch.Tensor) -> None:
@@ -260,17 +251,17 @@ def _bucket_compare_torch(
         y_params = params if shared_scales else recipe.params(y, short, of_after)
         change = Change(x, y, x.shape[1])
         rank = recipe.rank(x, params, short)
-        step = step_of(recipe, rank, params)
+        in_steps, below_half = change.in_steps(recipe, rank, params)
         bucket, value = place_and_value(recipe, rank, params, x.dtype)
         y_bucket, y_value = place_and_value(recipe, recipe.rank(y, y_params, short), y_params, x.dtype)
         # A chunk's counts are below 2^24, and so exact in fp32.
         counts[0] += y_value.eq_(value).sum().long()
-        counts[1] += change.is_below_half(step).sum().long()
+        counts[1] += below_half
         counts[2] += value.eq_(change.before).sum().long()
         counts[3] += change.is_zero_group(x.shape[1]).sum()
         count_distances(code_distance, bucket, y_bucket)
         sums[0] += change.sum_size
-        sums[1] += change.in_steps(recipe, rank, params).clamp_(max=1).sum(dtype=torch.float64)
+        sums[1] += in_steps.clamp_(max=1).sum(dtype=torch.float64)
         top = torch.maximum(top, change.max_size.view(torch.int32))
         chunks += 1
         if per_group:
@@ -337,8 +328,7 @@ def _bucket_compare_fwd_kernel(
     RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     LEVELS: tl.constexpr,
-    BUCKETS: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    TWO_ZEROS: tl.constexpr,
     INVERSE_WIDTHS: tl.constexpr,
     SHARED_SCALES: tl.constexpr,
     PER_GROUP: tl.constexpr,
@@ -355,14 +345,18 @@ def _bucket_compare_fwd_kernel(
     """Reads both weights once, 4 bytes a pair in bf16 and fp16, 8 in fp32, and writes 92 bytes a program of
     ``n_steps`` tiles of two thousand pairs or more, and 4 a group with PER_GROUP.
 
-    On sm_90 with Triton 3.7 a pair takes about 54 instructions (bucket_compare ct-int4-sym bf16 own), about 70
-    instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 54 instructions (bucket_compare ct-int4-sym fp32
-    own). An H100 has time for 35 in 4 bytes and 71 in 8: in bf16 arithmetic bounds it, in fp32 mostly memory.
-    With these figures, in fp32 arithmetic, it can hardly be otherwise: a pair is rounded twice, and what ``fake_quant``
-    takes for that, about 16 a weight for both, makes 32 before anything is compared or counted. Of the 54, by opcode
-    and roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 6,
-    values 5, the three flags 8, counting distances 8, the change and its sums 6, a program's end 2. Twice the weights a
-    thread would share the fit among more of them (51), at 225 registers, and spill some of NF4's.
+    On sm_90 with Triton 3.7 a pair takes about 54 instructions (bucket_compare ct-int4-sym bf16 own), about 64
+    instructions (bucket_compare bnb-nf4 bf16 own), and in fp32 about 53 instructions (bucket_compare ct-int4-sym fp32
+    own). An H100 has time for 35 in 4 bytes and 71 in 8. So in fp32 memory bounds it by the instructions issued, in
+    every recipe, though compares and integers, at half the rate, would take up to a fifth longer; in 16 bits
+    arithmetic.
+    There it can hardly be otherwise, with arithmetic in fp32: a pair is rounded twice, and what ``fake_quant`` takes
+    for that, about 16 a weight for both, makes 32 before anything is compared or counted. This kernel without all but
+    the buckets and the count of those that are the same took 30.5 for int4, 34.9 for NF4, 36.9 for FP4, 37 to 41 for
+    E2M1 and 47.5 for int4 with a zero point. Of the 54, by opcode and roughly: loads and casts 2, the fit with its
+    reductions and divisions 9, positions 8, rounding and clamping 6, values 5, the three flags 7, counting distances
+    8, the change and its sums 6, a program's end 2. Twice the weights a thread would share the fit among more of them
+    (51), at 225 registers, and spill some of NF4's.
     """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
@@ -371,7 +365,6 @@ def _bucket_compare_fwd_kernel(
     PART: tl.constexpr = BLOCK_SIZE // BLOCK_PARTS
     CHUNK: tl.constexpr = min(16 // (dtype.primitive_bitwidth // 8), PART)
     CHUNKS: tl.constexpr = BLOCK_GROUPS * PART // CHUNK
-    UNIFORM: tl.constexpr = THRESHOLDS is not None and len(THRESHOLDS) == 0
     flags = tl.zeros([CHUNKS], tl.int32)
     even_distances = tl.zeros([CHUNKS], tl.int64)
     odd_distances = tl.zeros([CHUNKS], tl.int64)
@@ -381,6 +374,8 @@ def _bucket_compare_fwd_kernel(
     zero_groups = tl.zeros([1, BLOCK_GROUPS, 1], tl.int32)
     smallest = tl.full([1, 1, 1], 1, tl.int32).to(tl.float32, bitcast=True)
     groups_in_tile = tl.arange(0, BLOCK_GROUPS)[None, :, None]
+    of_before = tl.load(of_before_ptr) if NEEDS_TENSOR or PER_TENSOR else 0.0
+    of_after = tl.load(of_after_ptr) if NEEDS_TENSOR or PER_TENSOR else 0.0
     for step_of_program in range(n_steps):
         tile = tl.program_id(0).to(tl.int64) * n_steps + step_of_program
         lane_group, offsets, lane_mask = tile_offsets(tile, n, FULL, GROUP_SIZE, BLOCK_GROUPS, BLOCK_SIZE, BLOCK_PARTS)
@@ -421,22 +416,19 @@ def _bucket_compare_fwd_kernel(
         y = tl.load(after_ptr + addresses, mask=lane_mask, other=0.0)
         y = in_parts(y, BLOCK_GROUPS, BLOCK_PARTS).to(tl.float32)
         if PER_TENSOR:
-            scale, aux = tl.load(of_before_ptr), tl.load(of_before_ptr + 1)
-            y_scale, y_aux = tl.load(of_after_ptr), tl.load(of_after_ptr + 1)
+            scale, aux, y_scale, y_aux = of_before, tl.load(of_before_ptr + 1), of_after, tl.load(of_after_ptr + 1)
         else:
-            of_before = tl.load(of_before_ptr) if NEEDS_TENSOR else 0.0
             scale, aux, is_zero = tile_fit(x, mask, short, of_before, dtype, KIND, RULE, HAS_SHORT)
             if SHARED_SCALES:
                 y_scale, y_aux, y_is_zero = scale, aux, largest(tl.abs(y)) == 0
             else:
-                of_after = tl.load(of_after_ptr) if NEEDS_TENSOR else 0.0
                 y_scale, y_aux, y_is_zero = tile_fit(y, mask, short, of_after, dtype, KIND, RULE, HAS_SHORT)
             zero_groups += tl.where(is_zero & y_is_zero & is_group, 1, 0)
         pos = tile_position(x, scale, aux, short, dtype, KIND, RULE, HAS_SHORT, True)
         y_pos = tile_position(y, y_scale, y_aux, short, dtype, KIND, RULE, HAS_SHORT, not SHARED_SCALES)
 
-        bucket = tile_bucket(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
-        y_bucket = tile_bucket(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
+        bucket = tile_bucket(pos, scale, aux, table_ptr, KIND, RULE, THRESHOLDS, TWO_ZEROS)
+        y_bucket = tile_bucket(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, TWO_ZEROS)
         distance = tl.abs(y_bucket - bucket)
         if KIND == "q4_0":  # a scale of the other sign numbers them from the other end
             distance = tl.minimum(distance, 15)
@@ -445,14 +437,10 @@ def _bucket_compare_fwd_kernel(
         y_value = tile_value(y_pos, y_scale, y_aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, True)
         y_value = y_value.to(dtype).to(tl.float32)
         change = tl.abs(y - x)
-        step, steps = tile_step(
-            change, pos, scale, aux, table_ptr, dtype, KIND, RULE, THRESHOLDS, WIDTHS, INVERSE_WIDTHS
-        )
-        half_step = step * 0.5
-        if UNIFORM:
-            is_below = change < tl.where(half_step > 0, half_step, smallest)
-        else:
-            is_below = (change < half_step) | (change == 0)
+        unit, inverse, most = tile_unit(scale, aux, dtype, KIND, RULE)
+        stretched = tile_stretched(change, pos, table_ptr, KIND, RULE, THRESHOLDS, INVERSE_WIDTHS)
+        # Above 0, so that no change is below it.
+        is_below = stretched < tl.where(unit * 0.5 > 0, unit * 0.5, smallest)
 
         here = tl.where(value == y_value, 1, 0) + tl.where(is_below, 1 << 8, 0) + tl.where(value == x, 1 << 16, 0)
         flags += _by_thread(tl.where(mask, here, 0), CHUNK)
@@ -462,9 +450,11 @@ def _bucket_compare_fwd_kernel(
         odd_distances += tl.sum((here >> 4) & 0x0F0F0F0F0F0F0F0F, axis=0)
         # Masked lanes hold two zeros, and no change.
         sum_change += _by_thread(change, CHUNK)
-        sum_flip += _by_thread(tl.minimum(steps, 1.0, propagate_nan=tl.PropagateNan.ALL), CHUNK)
-        most = tl.reduce(tl.reduce(change, 0, larger).reshape(CHUNKS, CHUNK), 1, larger)
-        top = larger(top, most)
+        # At most one step each; what turns them into steps is the same for all that a thread holds of a group.
+        flips = _by_thread(tl.minimum(stretched, most, propagate_nan=tl.PropagateNan.ALL), CHUNK)
+        inverse = tl.broadcast_to(inverse, (1, BLOCK_GROUPS, CHUNKS // BLOCK_GROUPS))
+        sum_flip += flips * inverse.reshape(CHUNKS)
+        top = larger(top, tl.reduce(tl.reduce(change, 0, larger).reshape(CHUNKS, CHUNK), 1, larger))
         if PER_GROUP:
             same = tl.sum((mask & (distance == 0)).to(tl.int32), axis=0, keep_dims=True)
             same = tl.sum(same, axis=2, keep_dims=True)
@@ -500,8 +490,9 @@ def _bucket_compare_triton(
         return _bucket_compare_torch(before, after, recipe, shared_scales, per_group)
     before, layout = strided(before)
     after, after_layout = strided(after)
+    bytes_each = before.element_size()
     constants = recipe.kernel_constants(before.dtype) | tile_constants(
-        recipe, n, tile, layout, after_layout, parts=before.element_size()
+        recipe, n, tile, layout, after_layout, parts=bytes_each, chunk=16 // bytes_each
     )
     rows = -(-n // constants["GROUP_SIZE"])
     tiles = -(-rows // constants["BLOCK_GROUPS"])
@@ -520,7 +511,10 @@ def _bucket_compare_triton(
         of_before = recipe.fit(ends, False, None)
     else:
         of_before = recipe.fit_tensor(before)
+    # Two weights, two grids and five counters are alive at once: some would spill where ptxas guesses.
     resident_warps = 12 if per_group or constants["THRESHOLDS"] is None else None
+    if constants["BLOCK_GROUPS"] == 1 or not constants["FULL"]:
+        resident_warps = 8
     with torch.cuda.device_of(before):
         _bucket_compare_fwd_kernel[(programs,)](
             counts,
@@ -536,14 +530,12 @@ def _bucket_compare_triton(
             n,
             steps,
             LEVELS=recipe.levels,
-            BUCKETS=recipe.column("buckets"),
-            WIDTHS=recipe.widths,
+            TWO_ZEROS=recipe.two_zeros,
             INVERSE_WIDTHS=recipe.inverse_widths,
             SHARED_SCALES=shared_scales,
             PER_GROUP=per_group,
             **constants,
-            # Two weights, two grids and five counters are alive at once: more would spill registers.
-            **launch_options(constants, 16 if constants["BLOCK_PARTS"] > 1 else 8, resident_warps),
+            **launch_options(constants, 16, resident_warps),
         )
     counts = counts.sum(dim=0, dtype=torch.int64)
     group_same = row_same.long()

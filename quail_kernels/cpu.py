@@ -64,7 +64,6 @@ def recipe_of(recipe: Format, dtype: torch.dtype):
         rule=floats(recipe.kernel_rule(dtype)),
         thresholds=floats(recipe.thresholds),
         levels=floats(recipe.levels),
-        widths=floats(recipe.widths),
         inverse_widths=floats(recipe.inverse_widths),
         buckets=integers(recipe.buckets),
         codes=integers(recipe.codes),

@@ -352,7 +352,8 @@ def _fake_quant_triton(w: torch.Tensor, recipe: Format, tile: int = _TILE) -> to
         return w_q
     w, layout = strided(w)
     # Sixteen weights a thread, in chunks of 128 bits.
-    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout, parts=w.element_size())
+    size = w.element_size()
+    constants = recipe.kernel_constants(w.dtype) | tile_constants(recipe, n, tile, layout, parts=size, chunk=16 // size)
     with torch.cuda.device_of(w):
         _fake_quant_fwd_kernel[_programs(n, constants)](
             w_q,

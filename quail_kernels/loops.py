@@ -38,7 +38,7 @@ FP32, BF16, FP16 = 0, 1, 2
 MODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
 _ROW = 1024  # Long enough for what a call costs, short enough for ten rows in the cache.
-_SMALLEST_ABSMAX = np.float32(1e-38)
+_SMALLEST, _SMALLEST_ABSMAX = np.float32(2.0**-149), np.float32(1e-38)
 _SMALLEST_NORMAL, _SMALLEST_POWER = np.float32(2.0**-126), np.float32(2.0**-127)
 _INFINITY, _NAN = np.float32(np.inf), np.float32(np.nan)
 _LARGEST = np.float32(np.finfo(np.float32).max)
@@ -67,9 +67,8 @@ class Recipe(NamedTuple):
     """A recipe's numbers for one dtype of weights: fp32 arrays, ``buckets``, ``codes`` and ``ranks`` uint32.
 
     ``kind``: the place in ``KINDS``. ``mode``: of the dtype, in ``MODES``. ``size``: of a group. ``rule``: as
-    ``Format.kernel_rule`` gives it. By rank: ``levels``, ``widths``, ``inverse_widths``, ``buckets``, ``codes``; by
-    code its rank. ``is_uniform``: all widths are 1. ``is_plain``: buckets are
-    ranks.
+    ``Format.kernel_rule`` gives it. By rank: ``levels``, ``inverse_widths``, ``buckets``, ``codes``; by
+    code its rank. ``is_uniform``: all widths are 1. ``is_plain``: buckets are ranks.
     """
 
     kind: int
@@ -78,7 +77,6 @@ class Recipe(NamedTuple):
     rule: np.ndarray
     thresholds: np.ndarray
     levels: np.ndarray
-    widths: np.ndarray
     inverse_widths: np.ndarray
     buckets: np.ndarray
     codes: np.ndarray
@@ -649,8 +647,6 @@ def _put_nearest(x, scale, aux, short, recipe, position, rank, out):
 @_compiled
 def _unit(scale, recipe):
     kind = recipe.kind
-    if kind == CODEBOOK:
-        return scale, _ONE / _not_below(scale, _SMALLEST_ABSMAX)
     if kind == Q4_0:
         return _with_inverse(abs(scale))
     if kind == MX_FLOOR or kind == MX_RCEIL or kind == MX_GGUF:
@@ -728,29 +724,25 @@ def _count_same_by_group(a, b, size, counts):
 
 
 @_compiled
-def _put_group_numbers(numbers, out):
-    by_group = _groups_of(out, len(numbers))
-    for group in range(len(numbers)):
-        number = numbers[group]
+def _count_below_half(stretched, unit):
+    count = np.int32(0)
+    by_group = _groups_of(stretched, len(unit))
+    for group in range(len(unit)):
+        # Above 0, so that no change is below it.
+        half = unit[group] * _HALF if unit[group] * _HALF > _ZERO else _SMALLEST
         for i in range(by_group.shape[1]):
-            by_group[group, i] = number
+            count = np.int32(count + np.int32(by_group[group, i] < half))
+    return count
 
 
 @_compiled
-def _put_steps(dw, rank, unit, inverse_unit, recipe, step, ratio):
-    """The width of each weight's bucket, and |dw| in such widths: 0 where dw is, whatever the width.
-
-    How many |dw| are below half of it, or 0.
-    """
-    _put_group_numbers(unit, step)
+def _put_steps(dw, rank, unit, inverse_unit, recipe, ratio):
+    """|dw| in the widths of the buckets: 0 where dw is, whatever the width. How many are below half of one, or 0."""
     np.abs(dw, ratio)
-    _scale_groups(ratio, inverse_unit)
     if not recipe.is_uniform:
-        _scale_by_entries(recipe.widths, rank, step)
         _scale_by_entries(recipe.inverse_widths, rank, ratio)
-    below = np.int32(0)
-    for i in range(len(dw)):
-        below = np.int32(below + np.int32((dw[i] == _ZERO) | (abs(dw[i]) < step[i] * _HALF)))
+    below = _count_below_half(ratio, unit)
+    _scale_groups(ratio, inverse_unit)
     for i in range(len(dw)):
         ratio[i] = _ZERO if dw[i] == _ZERO else abs(ratio[i])
     return below
@@ -894,14 +886,14 @@ def compare(x_bits, y_bits, recipe, own, before_grid, found):
     """``own``, ``before_grid``: which comparisons are made; of both, ``group_same`` is that of the latter."""
     size, mode = recipe.size, recipe.mode
     most = _groups_of_a_row(size)
-    floats, ranks = np.empty((8, most * size), np.float32), np.empty((5, most * size), np.uint32)
+    floats, ranks = np.empty((7, most * size), np.float32), np.empty((5, most * size), np.uint32)
     params = np.empty((6, most), np.float32)
     start, group = 0, 0
     while start < len(x_bits):
         stop, groups, short = _next_row(start, len(x_bits), size)
         n = stop - start
         x, y, dw, position = floats[0, :n], floats[1, :n], floats[2, :n], floats[3, :n]
-        value, y_value, step, ratio = floats[4, :n], floats[5, :n], floats[6, :n], floats[7, :n]
+        value, y_value, ratio = floats[4, :n], floats[5, :n], floats[6, :n]
         rank, y_rank = ranks[0, :n], ranks[1, :n]
         place, y_place = (rank, y_rank) if recipe.is_plain else (ranks[2, :n], ranks[3, :n])
         scale, aux, y_scale, y_aux = params[0, :groups], params[1, :groups], params[2, :groups], params[3, :groups]
@@ -919,7 +911,7 @@ def compare(x_bits, y_bits, recipe, own, before_grid, found):
         found.counts[0] += _count_equal(value, x)
         if zeros >= min(size, n):
             found.counts[1] += _count_zero_groups(x, y, size)
-        found.counts[2] += _put_steps(dw, rank, unit, inverse_unit, recipe, step, ratio)
+        found.counts[2] += _put_steps(dw, rank, unit, inverse_unit, recipe, ratio)
         found.counts[3] += unchanged
         changed, flips = _sums_of_steps(dw, ratio)
         found.sums[0] += changed

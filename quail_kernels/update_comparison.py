@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from . import cpu
-from .bucket_compare import BINS, BucketComparison, Change, count_distances, place_and_value, step_of
+from .bucket_compare import BINS, BucketComparison, Change, count_distances, place_and_value
 from .formats import Format, check_weight, chunk_size, get_format, group_rows, group_spans, tensor_range
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -221,8 +221,8 @@ class _RecipeTally:
             self._max_change = largest
 
     def _add_steps(self, change: Change, rank: torch.Tensor, params: torch.Tensor) -> None:
-        self._totals["below_half_step"] += int(change.is_below_half(step_of(self.recipe, rank, params)).sum())
-        in_steps = change.in_steps(self.recipe, rank, params)
+        in_steps, below_half = change.in_steps(self.recipe, rank, params)
+        self._totals["below_half_step"] += int(below_half)
         half_octaves = (in_steps.view(torch.int32) >> 22).clamp_(_FIRST_BIN, _LAST_BIN).sub_(_FIRST_BIN)
         self._sizes += torch.bincount(half_octaves.to(torch.uint8), minlength=len(self._sizes)).cpu()
         self._totals["sum_flip_law"] += in_steps.clamp_(max=1).sum(dtype=torch.float64).item()

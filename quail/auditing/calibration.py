@@ -40,7 +40,6 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from quail_kernels.bucket_compare import step_of
 from quail_kernels.formats import Format, group_rows, group_spans
 
 from .checkpoints import Checkpoint, one_line, some
@@ -179,7 +178,8 @@ def _deployed(
     params = recipe.params(rows, short, of_tensor)
     rows = rows.float()
     rank = recipe.rank(rows, params, short)
-    return recipe.value(rank, params).to(w.dtype).float().view(-1), step_of(recipe, rank, params)
+    step = recipe.step(rank, params)
+    return recipe.value(rank, params).to(w.dtype).float().view(-1), step if step.stride(1) else step[:, :1]
 
 
 def _flip_variance(change: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

@@ -26,12 +26,13 @@ class Format:
     ``rank(x, params, short)``    the bucket's number, 0 to 15
     ``bucket(rank, params)``      its place on the number line, int8; two ranks of one value are one bucket
     ``value(rank, params)``       what the bucket dequantizes to, before the cast to the model's dtype
-    ``step(rank, params)``        the width of the bucket, fp32
     ``nearest(x, params, short)`` the value of x's rank
-    ``in_steps(change, rank, params)``  a change of the weight in such widths, fp32
+    ``unit(params)``              [groups], fp32: the width of a bucket, or what ``widths`` are multiples of
+    ``step(rank, params)``        the width of the bucket, fp32
+    ``stretched(change, rank)``   a change of the weight, fp32, as if its bucket were a unit wide
     ``kernel_rule(dtype)``        the constants that the tile functions of the rule's kind are given
 
-    ``rank`` takes the parameters as ``fit`` gives them, ``value`` and ``step`` also as they are stored, in
+    ``rank`` takes the parameters as ``fit`` gives them, ``value``, ``unit`` and ``step`` also as they are stored, in
     ``params_dtype``.
     """
 
@@ -46,6 +47,7 @@ class Format:
     thresholds = ()  # between ranks, on the scale of a weight's position; () where buckets are uniform
     widths = ()  # by rank, as many as levels, where thresholds are
     inverse_widths = ()
+    two_zeros = False  # whether the levels of rank 7 and 8 are the same
     pad_code = 0
     codes = tuple(range(16))  # by rank: what is stored
     buckets = tuple(range(16))  # by rank
@@ -100,8 +102,15 @@ class Format:
             self._tables[name, device] = torch.tensor(getattr(self, name), dtype=dtype, device=device)
         return self._tables[name, device]
 
-    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return change * finite_inverse(self.step(rank[:, :1], params))
+    def unit(self, params: torch.Tensor) -> torch.Tensor:
+        return (params if self.n_params == 1 else params[:, 0]).float()
+
+    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        unit = self.unit(params)[:, None]
+        return look_up(self.table("widths", rank.device), rank).mul_(unit) if self.widths else unit.expand(rank.shape)
+
+    def stretched(self, change: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        return look_up(self.table("inverse_widths", rank.device), rank).mul_(change) if self.widths else change
 
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         return ()

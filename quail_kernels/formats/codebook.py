@@ -30,12 +30,12 @@ _KERNEL_CELLS = 32
 _CELL_ORIGIN = 12582912.0 + _KERNEL_CELLS / 2
 # Where in the table what stands: by cell the threshold and the rank below it, and of each of _BY_CELL what is below it
 # and what is above it; by rank or code the rest.
-_BY_CELL = ("levels", "codes", "buckets")
-_BY_RANK = ("levels", "widths", "inverse_widths", "levels_by_code")
+_BY_CELL = ("levels", "codes")
+_BY_RANK = ("levels", "inverse_widths", "levels_by_code")
 _PLANES = {name: (2 + 2 * i) * _KERNEL_CELLS for i, name in enumerate(_BY_CELL)}
 _COLUMNS = {name: (2 + 2 * len(_BY_CELL)) * _KERNEL_CELLS + 16 * i for i, name in enumerate(_BY_RANK)}
 _LEVELS_BY_CELL = tl.constexpr(_PLANES["levels"])
-_LEVELS, _WIDTHS, _INVERSE_WIDTHS, _LEVELS_BY_CODE = (tl.constexpr(_COLUMNS[name]) for name in _BY_RANK)
+_LEVELS, _INVERSE_WIDTHS, _LEVELS_BY_CODE = (tl.constexpr(_COLUMNS[name]) for name in _BY_RANK)
 _CELLS = 1365  # found by trying odd numbers: FP4 has a threshold at 0, and none may lie near an edge
 
 
@@ -98,6 +98,14 @@ class Levels(Format):
         return tuple(distinct.index(level) for level in self.levels)
 
     @functools.cached_property
+    def two_zeros(self) -> bool:
+        if self.buckets == tuple(range(16)):
+            return False
+        if self.buckets != tuple(rank - (rank >> 3) for rank in range(16)):
+            raise ValueError(f"{self.name}: expected levels of which no two are the same, or those of rank 7 and 8")
+        return True
+
+    @functools.cached_property
     def widths(self) -> tuple[float, ...]:
         """By rank, the width of the bucket on a position's scale."""
         edges = (-self.reach, *self.midpoints, self.reach)
@@ -114,12 +122,7 @@ class Levels(Format):
 
     def bucket(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         place = rank.to(torch.int8)
-        if self.buckets[-1] == 15:
-            return place
-        # The upper of the two zeros and all above it move down by one; the rest has a sign bit to make up for that.
-        upper_zero = next(rank for rank in range(1, 16) if self.buckets[rank] == self.buckets[rank - 1])
-        below_it = (place - upper_zero).bitwise_right_shift_(7)
-        return place.sub_(1).sub_(below_it)
+        return place.sub_(place >> 3) if self.two_zeros else place
 
     def place_of(self, position: torch.Tensor) -> torch.Tensor:
         """Which half of which cell a position lies in; ``position`` is used up."""
@@ -187,17 +190,10 @@ class Codebook(Levels):
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return look_up(self.table("levels", rank.device), rank).mul_(params[:, None])
 
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return look_up(self.table("widths", rank.device), rank).mul_(params[:, None])
-
-    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        in_scales = change * (1.0 / params.clamp(min=_SMALLEST_ABSMAX))[:, None]
-        return in_scales.mul_(look_up(self.table("inverse_widths", rank.device), rank))
-
 
 @functools.cache
 def _kernel_table(recipe: Codebook, device: torch.device) -> torch.Tensor:
-    """int32 [320]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
+    """int32 [240]; fp32 numbers by their bits. It is made once a device: copying it there waits for the device."""
     own, below = recipe._kernel_cells
 
     def words(numbers):
@@ -238,10 +234,14 @@ def codebook_fit(absmax, short, HAS_SHORT: tl.constexpr):
 
 
 @triton.jit
-def codebook_inverse(absmax):
+def codebook_unit(absmax):
     smallest = tl.full(absmax.shape, 1e-38, tl.float32)
-    absmax = tl.where(absmax < smallest, smallest, absmax)
-    return tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax)
+    return tl.where(absmax < smallest, smallest, absmax)
+
+
+@triton.jit
+def codebook_inverse(absmax):
+    return tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), codebook_unit(absmax))
 
 
 @triton.jit
@@ -249,9 +249,7 @@ def codebook_position(x, absmax, short, HAS_SHORT: tl.constexpr, OWN: tl.constex
     """From -1 to 1, but for a last bit; NaN is at 1."""
     pos = x * codebook_inverse(absmax)
     if HAS_SHORT:
-        smallest = tl.full(absmax.shape, 1e-38, tl.float32)
-        absmax = tl.where(absmax < smallest, smallest, absmax)
-        pos = tl.where(short, tl.div_rn(x, tl.broadcast_to(absmax, x.shape)), pos)
+        pos = tl.where(short, tl.div_rn(x, tl.broadcast_to(codebook_unit(absmax), x.shape)), pos)
     pos = tl.minimum(pos, 1.0)
     return pos if OWN else tl.maximum(pos, -1.0)
 
@@ -319,8 +317,8 @@ def codebook_level(pos, table_ptr, RULE: tl.constexpr, BY_RANK: tl.constexpr):
 
 
 @triton.jit
-def codebook_width(rank, table_ptr):
-    return entry_at(table_ptr + _WIDTHS, rank).to(tl.float32, bitcast=True)
+def codebook_bucket(rank, TWO_ZEROS: tl.constexpr):
+    return rank - (rank >> 3) if TWO_ZEROS else rank
 
 
 @triton.jit

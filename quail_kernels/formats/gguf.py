@@ -69,8 +69,8 @@ class Q4_0(Format):
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return rank.float().sub_(8).mul_(_through_fp16(params)[:, None])
 
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params.float().abs()[:, None].expand(rank.shape)
+    def unit(self, params: torch.Tensor) -> torch.Tensor:
+        return params.float().abs()
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,6 @@ class Q4_1(Format):
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         d, low = _through_fp16(params).split(1, dim=1)
         return rank.float().mul_(d).add_(low)
-
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params[:, :1].float().expand(rank.shape)
 
 
 RECIPES = (

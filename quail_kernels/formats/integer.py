@@ -113,9 +113,6 @@ class Symmetric(Format):
         # The sum makes 0 of -0, as the way through an integer does.
         return self._q(x, params).add_(0).mul_(params.float()[:, None]).to(params.dtype)
 
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params[:, None].float().expand(rank.shape)
-
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         dtype = self.params_dtype(dtype)
         return (self.divisor, _rounded(self.smallest, dtype), torch.finfo(dtype).eps, self.in_fp32)
@@ -185,9 +182,6 @@ class ZeroPoint(Format):
         scale, zero_point = params.float().split(1, dim=1)
         return rank.float().add_(self.lowest).sub_(zero_point).mul_(scale.to(dtype).float()).to(dtype)
 
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params[:, :1].float().expand(rank.shape)
-
     def kernel_rule(self, dtype: torch.dtype) -> tuple[float, ...]:
         dtype = torch.float32 if self.like_gptq else dtype
         guard = torch.finfo(dtype).tiny if self.like_gptq else torch.finfo(dtype).eps
@@ -216,9 +210,6 @@ class MinMax(Format):
     def value(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         step, low = params[:, :1], params[:, 1:]
         return rank.float().add_(0.5).mul_(step).add_(low)
-
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params[:, :1].expand(rank.shape)
 
 
 def _rounded(number: float, dtype: torch.dtype) -> float:

@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 
 from .._triton import tl, triton
-from .base import finite_inverse, look_up
+from .base import look_up
 from .codebook import Levels
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -86,13 +86,6 @@ class E2M1(Levels):
     def tie_goes_up(self, rank: int) -> bool:
         """Whether a position halfway between the levels of ``rank`` and ``rank + 1`` takes the upper one."""
         return self.codes[rank] == 8 or self.codes[rank + 1] % 2 == 0
-
-    def step(self, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return look_up(self.table("widths", rank.device), rank).mul_(self.unit(params)[:, None])
-
-    def in_steps(self, change: torch.Tensor, rank: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        in_units = change * finite_inverse(self.unit(params))[:, None]
-        return in_units.mul_(look_up(self.table("inverse_widths", rank.device), rank))
 
 
 @dataclass(frozen=True)
@@ -238,8 +231,13 @@ def e4m3(x):
 
 
 @triton.jit
+def nvfp4_inverse(scale, of_tensor):
+    return tl.div_rn(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), of_tensor), scale)
+
+
+@triton.jit
 def nvfp4_position(x, scale, of_tensor, OWN: tl.constexpr):
-    inverse = tl.div_rn(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), of_tensor), scale)
+    inverse = nvfp4_inverse(scale, of_tensor)
     pos = x * inverse
     return e2m1(pos, inverse == inverse if OWN else pos == pos, False)
 
@@ -297,17 +295,11 @@ def _digits(numbers, by):
 
 
 @triton.jit
-def e2m1_width(level, WIDTHS: tl.constexpr):
-    """The width of the bucket on a position's scale: quarters, looked up in a number of eight digits."""
-    QUARTERS: tl.constexpr = _digits(WIDTHS, 4)
-    digit = (tl.full(level.shape, QUARTERS, tl.int32) >> (_e2m1_magnitude(level) >> 20)) & 15
-    # 2^21 + a quarter of it, by its bits.
-    return (digit | 0x4A000000).to(tl.float32, bitcast=True) - 2097152.0
-
-
-@triton.jit
 def e2m1_inverse_width(level, INVERSE_WIDTHS: tl.constexpr):
-    """The reciprocal of the width: thirds, looked up likewise, times the fp32 third, which rounds as they do."""
+    """The reciprocal of the bucket's width on a position's scale: thirds, looked up in a number of eight digits, times
+    the fp32 third, which rounds as they do."""
     THIRDS: tl.constexpr = _digits(INVERSE_WIDTHS, 3)
     digit = (tl.full(level.shape, THIRDS, tl.int32) >> (_e2m1_magnitude(level) >> 20)) & 15
-    return ((digit | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * 0.3333333432674408
+    # 2^23 + the digit, by its bits; of that a third, less a third of 2^23.
+    third = tl.full(level.shape, 0.3333333432674408, tl.float32)
+    return tl.fma((digit | 0x4B000000).to(tl.float32, bitcast=True), third, -2796202.75)

@@ -20,6 +20,7 @@ import torch
 from .._triton import largest, shifted, tl, triton, unshifted
 from .base import Format
 from .codebook import (
+    codebook_bucket,
     codebook_entry,
     codebook_fit,
     codebook_inverse,
@@ -28,7 +29,7 @@ from .codebook import (
     codebook_level_of_code,
     codebook_position,
     codebook_rank,
-    codebook_width,
+    codebook_unit,
 )
 from .gguf import gguf_position, q4_0_fit, q4_1_fit, through_fp16
 from .integer import (
@@ -47,12 +48,12 @@ from .microscaling import (
     e2m1_inverse_width,
     e2m1_level,
     e2m1_place,
-    e2m1_width,
     mx_fit,
     mx_inverse,
     mx_position,
     mx_unit,
     nvfp4_fit,
+    nvfp4_inverse,
     nvfp4_position,
 )
 
@@ -85,9 +86,11 @@ def strided(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int | None, ...]]:
     return w, (*absent, *strides, *[None, None, *sizes[1:]][-2:])
 
 
-def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...], parts: int = 1) -> dict:
+def tile_constants(
+    recipe: Format, n: int, tile: int, *layouts: tuple[int | None, ...], parts: int = 1, chunk: int = 8
+) -> dict:
     """How a kernel covers n weights: BLOCK_GROUPS groups of GROUP_SIZE weights, padded to BLOCK_SIZE, a
-    program, each in BLOCK_PARTS.
+    program, each in BLOCK_PARTS: at most ``parts``, of ``chunk`` weights or more.
 
     ``tile`` is the number of weights that a program aims at. A whole-tensor group is walked in rows of
     ``tile``, or of what divides both that and the innermost dimension of the ``layouts`` that ``strided`` gave.
@@ -100,7 +103,7 @@ def tile_constants(recipe: Format, n: int, tile: int, *layouts: tuple[int | None
     padded = 1 << (size - 1).bit_length()
     block_groups = max(tile // padded, 1)
     # All chunks of a thread are in one group anyway where a program has only one; its registers are then short.
-    parts = min(parts, max(padded // 8, 1)) if block_groups > 1 or per_tensor else 1
+    parts = min(parts, max(padded // chunk, 1)) if block_groups > 1 or per_tensor else 1
     return {
         "PER_TENSOR": per_tensor,
         "HAS_SHORT": n % size != 0,
@@ -314,14 +317,13 @@ def tile_bucket(
     KIND: tl.constexpr,
     RULE: tl.constexpr,
     THRESHOLDS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BUCKETS: tl.constexpr,
+    TWO_ZEROS: tl.constexpr,
 ):
     """The bucket's place on the number line, but for a number that all buckets have in common."""
     if THRESHOLDS is None:
         bucket = e2m1_place(pos)
     elif len(THRESHOLDS):
-        bucket = tile_entry(pos, aux, table_ptr, KIND, RULE, THRESHOLDS, LEVELS, BUCKETS)
+        bucket = codebook_bucket(codebook_rank(pos, table_ptr, RULE), TWO_ZEROS)
     else:
         bucket = pos.to(tl.int32, bitcast=True)
         if KIND == "q4_0":
@@ -392,44 +394,45 @@ def tile_value(
 
 
 @triton.jit
-def tile_step(
-    change,
-    pos,
-    scale,
-    aux,
-    table_ptr,
-    dtype,
-    KIND: tl.constexpr,
-    RULE: tl.constexpr,
-    THRESHOLDS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    INVERSE_WIDTHS: tl.constexpr,
-):
-    """(the width of the bucket that the weight lies in, ``change`` in such widths).
+def tile_unit(scale, aux, dtype, KIND: tl.constexpr, RULE: tl.constexpr):
+    """(``Format.unit``, a finite reciprocal, what that is the reciprocal of: not 0), each [1, groups, 1].
 
     The reciprocals are those that positions took: the compiler reckons them once.
     """
+    least = tl.full(scale.shape, 0x200000, tl.int32).to(tl.float32, bitcast=True)  # 2^-128
     unit = scale
     if KIND == "codebook":
-        inverse = codebook_inverse(scale)
+        least, inverse = codebook_unit(scale), codebook_inverse(scale)
     elif KIND == "q4_0" or KIND == "q4_1":
         unit = tl.abs(scale)
         inverse = tl.abs(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
     elif KIND == "nvfp4":
         unit = aux * scale
-        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), unit)
-    elif THRESHOLDS is None:
+        inverse = nvfp4_inverse(scale, aux)
+    elif KIND == "mx_floor" or KIND == "mx_rceil" or KIND == "mx_gguf":
         unit = mx_unit(scale, KIND)
         inverse = mx_inverse(unit)
     else:
         by, _, inverse = near_reciprocal(scale, is_far(dtype, RULE))
         inverse *= by
-    steps = change * tl.minimum(inverse, 3.4028234663852886e38)
+        if not is_far(dtype, RULE):  # 2^60 stands for the reciprocal of 0
+            least = tl.full(scale.shape, 2.0**-60, tl.float32)
+    return unit, tl.minimum(inverse, 3.4028234663852886e38), tl.maximum(unit, least)
+
+
+@triton.jit
+def tile_stretched(
+    change,
+    pos,
+    table_ptr,
+    KIND: tl.constexpr,
+    RULE: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    INVERSE_WIDTHS: tl.constexpr,
+):
+    """``Format.stretched``: as if the bucket that the weight lies in were a unit wide."""
     if THRESHOLDS is None:
-        unit = e2m1_width(pos, WIDTHS) * unit
-        steps *= e2m1_inverse_width(pos, INVERSE_WIDTHS)
+        change *= e2m1_inverse_width(pos, INVERSE_WIDTHS)
     elif len(THRESHOLDS):
-        rank = codebook_rank(pos, table_ptr, RULE)
-        unit = codebook_width(rank, table_ptr) * unit
-        steps *= codebook_inverse_width(rank, table_ptr)
-    return unit, steps
+        change *= codebook_inverse_width(codebook_rank(pos, table_ptr, RULE), table_ptr)
+    return change

@@ -13,15 +13,26 @@ WHAT = {RANK: None, LEVEL: "levels", LEVEL_BY_RANK: "levels", CODE: "codes", BUC
 
 
 @triton.jit
-def _kernel(out_ptr, pos_ptr, table_ptr, RULE: tl.constexpr, WHAT: tl.constexpr, PLANES: tl.constexpr, N: tl.constexpr):
+def _kernel(
+    out_ptr,
+    pos_ptr,
+    table_ptr,
+    RULE: tl.constexpr,
+    WHAT: tl.constexpr,
+    CODES: tl.constexpr,
+    TWO_ZEROS: tl.constexpr,
+    N: tl.constexpr,
+):
     offsets = tl.program_id(0) * N + tl.arange(0, N)
     pos = tl.load(pos_ptr + offsets).reshape(1, 1, N)
     if WHAT == 0:
         out = codebook.codebook_rank(pos, table_ptr, RULE).to(tl.float32)
     elif WHAT == 1 or WHAT == 2:
         out = codebook.codebook_level(pos, table_ptr, RULE, WHAT == 2)
+    elif WHAT == 3:
+        out = codebook.codebook_entry(pos, table_ptr, RULE, CODES).to(tl.float32)
     else:
-        out = codebook.codebook_entry(pos, table_ptr, RULE, PLANES).to(tl.float32)
+        out = codebook.codebook_bucket(codebook.codebook_rank(pos, table_ptr, RULE), TWO_ZEROS).to(tl.float32)
     tl.store(out_ptr + offsets, out.reshape(N))
 
 
@@ -48,7 +59,7 @@ def test_look_ups_are_those_of_bucketize(format, what):
     padded = torch.cat([x, x[-1:].expand(-len(x) % BLOCK)])
     out = torch.empty_like(padded)
     table = recipe.kernel_table(torch.device("cpu"))
-    planes = codebook._PLANES[WHAT[what]] if what in (CODE, BUCKET) else 0
-    _kernel[(len(padded) // BLOCK,)](out, padded, table, recipe.kernel_rule(torch.float32), what, planes, BLOCK)
+    rule, codes = recipe.kernel_rule(torch.float32), codebook._PLANES["codes"]
+    _kernel[(len(padded) // BLOCK,)](out, padded, table, rule, what, codes, recipe.two_zeros, BLOCK)
     assert torch.equal(out[: len(x)], expected.float())
     assert len(set(rank.tolist())) == 16

@@ -62,7 +62,8 @@ def _lanes_of_program(arguments: dict) -> int:
 
 def _fused(recipe, dtype: torch.dtype) -> int:
     """Where rounding once is what is wanted, or changes nothing: in the division by a group's scale, where it is exact
-    in fp32 (``_quotient`` in formats/integer.py), the cell of a codebook's position, and ties that go to zero.
+    in fp32 (``_quotient`` in formats/integer.py), the cell of a codebook's position, and ties that go to zero. In
+    ``bucket_compare`` also the reciprocal of an E2M1 bucket's width, of which the sum is exact.
     """
     if recipe.kind in ("codebook", "mx_gguf"):
         return 1
@@ -139,7 +140,7 @@ def weight_cases() -> Iterator[Case]:
                 # Two weights, two grids and the counters: it has more to keep, and hides latency in arithmetic.
                 warps=8,
                 half_even=half_even,
-                fused=2 * fused,
+                fused=2 * fused + (recipe.kernel_constants(w.dtype)["THRESHOLDS"] is None),
                 **common,
             )
 
