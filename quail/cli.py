@@ -201,7 +201,7 @@ def _mean_nll(model, rows, tokenizer) -> float:
 def _settings(args, scratch: str, has_retain: bool) -> dict:
     """QuailConfig's fields: our defaults, then the YAML file, then --set.
 
-    The default method is GA+GDR with training passes on the weights as 4 bits deploy them, which came second in the
+    The default method is GA+GDR with training passes on the weights as NF4 deploys them, which came third in the
     experiments' classifier and first in their language model (README); without those passes where another way to the
     weights is chosen.
     """
