@@ -193,7 +193,7 @@ class Change:
     def sum_square(self) -> torch.Tensor:
         return self.signed.square().sum()
 
-    def in_steps(self, recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def in_steps(self, recipe: Format, rank: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(|dw| in steps, and 0 where dw = 0, whatever the step, flat; how many are below half a step, or 0)."""
         unit = recipe.unit(params)[:, None]
         size = recipe.stretched(self.size.view(rank.shape), rank)
@@ -351,12 +351,10 @@ def _bucket_compare_fwd_kernel(
     every recipe, though compares and integers, at half the rate, would take up to a fifth longer; in 16 bits
     arithmetic.
     There it can hardly be otherwise, with arithmetic in fp32: a pair is rounded twice, and what ``fake_quant`` takes
-    for that, about 16 a weight for both, makes 32 before anything is compared or counted. This kernel without all but
-    the buckets and the count of those that are the same took 30.5 for int4, 34.9 for NF4, 36.9 for FP4, 37 to 41 for
-    E2M1 and 47.5 for int4 with a zero point. Of the 54, by opcode and roughly: loads and casts 2, the fit with its
-    reductions and divisions 9, positions 8, rounding and clamping 6, values 5, the three flags 7, counting distances
-    8, the change and its sums 6, a program's end 2. Twice the weights a thread would share the fit among more of them
-    (51), at 225 registers, and spill some of NF4's.
+    for that, about 16 a weight for both, makes 32 before anything is compared or counted. Of the 54, by opcode and
+    roughly: loads and casts 2, the fit with its reductions and divisions 9, positions 8, rounding and clamping 6,
+    values 5, the three flags 7, counting distances 8, the change and its sums 6, a program's end 2. Twice the weights
+    a thread would share the fit among more of them (51), at 225 registers, and spill some of NF4's.
     """
     dtype: tl.constexpr = before_ptr.dtype.element_ty
     # Reductions are what this kernel would wait for. Counts are summed over eight neighbours, which a thread holds,
