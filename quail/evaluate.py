@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import QA_TEMPLATE, Example, encode
-from .inference import class_probabilities, decode, greedy, greedy_ids, row_scores, token_scores
+from .inference import class_probabilities, decode, evaluating, greedy, greedy_ids, row_scores, token_scores
 from .metrics import memorization, muse, tofu
 from .metrics.classification import Classification, classification
 from .metrics.measurement import Measurement
@@ -128,11 +128,12 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     """exp of the mean NLL per token of ``text``, in windows of ``window`` tokens that do not overlap."""
     ids = tokenizer(text, return_tensors="pt").input_ids[0].to(model.device)
     total, count = 0.0, 0
-    for piece in ids.split(window):
-        if len(piece) > 1:
-            logits = model(input_ids=piece[None]).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits.float(), piece[1:], reduction="sum").item()
-            count += len(piece) - 1
+    with evaluating(model):
+        for piece in ids.split(window):
+            if len(piece) > 1:
+                logits = model(input_ids=piece[None]).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits.float(), piece[1:], reduction="sum").item()
+                count += len(piece) - 1
     if not count:
         raise ValueError(f"text: expected at least two tokens; got {len(ids)}")
     return float(torch.tensor(total / count).exp())

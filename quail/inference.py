@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import IGNORE_INDEX, Example, collate, encode
 from .losses import answer_logits, token_log_probs
+from .machine import linear_in_fp32
 
 # Logits of this many tokens are held at once; at a vocabulary of 128,000 that is 2 GB in fp32.
 _TOKENS_AT_ONCE = 4096
@@ -43,6 +44,18 @@ class TokenScores:
         return TokenScores(self.log_probs[:-1], self.hits[:-1], False) if self.ended else self
 
 
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and as fast as this processor can."""
+    training = model.training
+    model.eval()
+    try:
+        with linear_in_fp32(model.device):
+            yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def token_scores(
     model: PreTrainedModel,
@@ -67,7 +80,7 @@ def row_scores(
 ) -> list[TokenScores]:
     """``token_scores`` of rows from ``data.encode``."""
     scores: list = [None] * len(rows)
-    with _evaluating(model):
+    with evaluating(model):
         for indices in _batches([len(r["labels"]) for r in rows], batch_size, _TOKENS_AT_ONCE, "Likelihood"):
             batch = collate([rows[i] for i in indices], tokenizer.pad_token_id)
             batch = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
@@ -115,7 +128,7 @@ def greedy_ids(
         if not len(prompt):
             raise ValueError(f"prompt {number}: expected at least one token; got none")
     said: list = [None] * len(prompts)
-    with _evaluating(model):
+    with evaluating(model):
         for indices in _batches(list(map(len, prompts)), batch_size, _PROMPT_TOKENS_AT_ONCE, "Answers"):
             rows, longest = [list(prompts[i]) for i in indices], max(len(prompts[i]) for i in indices)
             pads = [longest - len(row) for row in rows]
@@ -152,7 +165,7 @@ def class_probabilities(
         raise ValueError("texts: expected at least one; got none")
     ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
     rows: list = [None] * len(ids)
-    with _evaluating(model):
+    with evaluating(model):
         for indices in _batches(list(map(len, ids)), batch_size, None, "Classes"):
             batch = tokenizer.pad({"input_ids": [ids[i] for i in indices]}, return_tensors="pt").to(model.device)
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -180,16 +193,6 @@ def _batches(lengths: Sequence[int], batch_size: int, tokens: int | None, title:
             yield order[start:end]
             bar.update(end - start)
             start = end
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _on(model: PreTrainedModel, values: Sequence) -> torch.Tensor:

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from quail_kernels.formats import Format, group_rows, group_spans
 
+from ..machine import linear_in_fp32
 from .checkpoints import Checkpoint, one_line, some
 from .figures import Calibration, NotMeasured, OutputFigures, OutputRow
 
@@ -422,6 +423,7 @@ def read_inputs(
     try:
         with (
             torch.no_grad(),
+            linear_in_fp32(model.device),
             tqdm(desc="calibration", total=sequences.tokens, unit=" tokens", disable=hidden) as bar,
         ):
             for ids in sequences.batches():
