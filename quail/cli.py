@@ -151,21 +151,18 @@ def _unlearn_into(args, scratch: str) -> None:
     from .data import load_examples, load_refusals
     from .models import load_for_training, refuse_to_overwrite, save_checkpoint
     from .trainer import QuailConfig, QuailTrainer, make_dataset
-    from .weights import lies_on_another_grid, store_in_
+    from .weights import store_in_
 
     out = refuse_to_overwrite(args.out)
     forget = load_examples(args.forget)
     retain = load_examples(args.retain) if args.retain else None
-    config = QuailConfig(**_settings(args, scratch, retain is not None))
+    chosen = _chosen(args)
+    config = QuailConfig(**_settings(chosen, scratch, retain is not None))
     load_refusals(config.idk_answers)  # a file that cannot be read is said before a model is loaded
     stored = _stored_dtype(args.model)
     model, tokenizer = load_for_training(args.model)
-    if config.fake_quant == DEFAULT_FAKE_QUANT and lies_on_another_grid(model, DEFAULT_FAKE_QUANT):
-        print(
-            f"quail: {args.model} lies on the grid of a 4-bit recipe that is not {DEFAULT_FAKE_QUANT}; what passes on "
-            f"{DEFAULT_FAKE_QUANT} weights unlearn can come back in that recipe: name it, --set fake_quant=RECIPE",
-            file=sys.stderr,
-        )
+    if config.fake_quant and "fake_quant" not in chosen:
+        config.fake_quant = _recipe_for(model, args.model)
     dataset = make_dataset(config, tokenizer, forget, retain, args.max_length)
     trainer = QuailTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     dtype = (getattr(torch, args.dtype) if args.dtype else stored) or torch.float32
@@ -198,19 +195,28 @@ def _mean_nll(model, rows, tokenizer) -> float:
     return -sum(map(sum, log_probs)) / sum(map(len, log_probs))
 
 
-def _settings(args, scratch: str, has_retain: bool) -> dict:
-    """QuailConfig's fields: our defaults, then the YAML file, then --set.
+def _recipe_for(model, name: str) -> str:
+    """On whose weights the training passes run where nothing is said: the recipe that the model was shipped in, or NF4.
 
-    The default method is GA+GDR with training passes on the weights as NF4 deploys them, which came third in the
-    experiments' classifier and first in their language model (README); without those passes where another way to the
-    weights is chosen.
+    In the experiments they held on the grid that the weights started on, and not from there on another one (README).
     """
-    import dataclasses
+    from .weights import lies_on_a_grid, recipe_of_grid
 
-    import torch
+    found = recipe_of_grid(model)
+    if found is None and lies_on_a_grid(model):
+        print(
+            f"quail: {name} lies on the grid of a 4-bit recipe that cannot be told from its weights; what passes on "
+            f"{DEFAULT_FAKE_QUANT} weights unlearn can come back in that recipe: name it, --set fake_quant=RECIPE",
+            file=sys.stderr,
+        )
+    elif found not in (None, DEFAULT_FAKE_QUANT):
+        print(f"quail: {name} lies on the grid of {found}: training passes run on its weights", file=sys.stderr)
+    return found or DEFAULT_FAKE_QUANT
+
+
+def _chosen(args) -> dict:
+    """QuailConfig's fields that the user gives: the YAML file, then --set."""
     import yaml
-
-    from .trainer import QuailConfig
 
     chosen = {}
     if args.config:
@@ -228,6 +234,22 @@ def _settings(args, scratch: str, has_retain: bool) -> dict:
         chosen[field] = _number(yaml.safe_load(value))
     if args.lora_rank is not None:
         chosen["lora_rank"] = args.lora_rank
+    return chosen
+
+
+def _settings(chosen: dict, scratch: str, has_retain: bool) -> dict:
+    """QuailConfig's fields: our defaults, then what the user chose.
+
+    The default method is GA+GDR with training passes on the weights as they are deployed (``_recipe_for``), which with
+    NF4 came third in the experiments' classifier and first in their language model (README); without those passes where
+    another way to the weights is chosen.
+    """
+    import dataclasses
+
+    import torch
+
+    from .trainer import QuailConfig
+
     settings = {
         "output_dir": scratch,
         "save_strategy": "no",

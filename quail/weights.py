@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quail_kernels import fake_quant, get_format
+from quail_kernels import FORMATS, fake_quant, get_format
 from quail_kernels.formats import check_weight, group_chunks
 
 from .losses import innermost
 
 NOISES = Literal["uniform", "gaussian"]
+_GROUP_SIZES = (32, 64, 128, 256)  # that 4-bit checkpoints are shipped with
 
 
 def deployed_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -101,25 +102,49 @@ def bucket_widths(w: Tensor, format: str, group_size: int | None = None) -> Tens
 
 
 @torch.no_grad()
-def lies_on_another_grid(model: nn.Module, format: str) -> bool:
-    """Whether the linear layers that a deployment quantizes were shipped in 4 bits, and not in ``format``.
+def lies_on_a_grid(model: nn.Module) -> bool:
+    """Whether the linear layers that a deployment quantizes were shipped in 4 bits, of whatever recipe.
 
-    Dequantized weights take at most sixteen values in a group, and 32 neighbours are in one group of most recipes. So
-    the first 2^16 weights of each of up to eight layers are looked at: 99 % of their groups of 32, without those that
-    are one value throughout, have so few values, and ``format``, which has to reproduce its own values as those of
-    bitsandbytes do, changes more than 1 % of them.
+    Dequantized weights take at most sixteen values in a group, and 32 neighbours are in one group of most recipes
+    (nvfp4's groups are of 16). So 99 % of a sample's groups of 32, without those that are one value throughout, have so
+    few values.
     """
-    layers = list(deployed_linears(model).values())
-    samples = [layer.weight[: max((1 << 16) // layer.in_features, 1)] for layer in layers[:: -(-len(layers) // 8)]]
-    few = groups = same = weights = 0
-    for w in (sample.detach().to(torch.bfloat16) for sample in samples):
+    few = groups = 0
+    for w in _sample(model):
         values = w.reshape(-1)[: w.numel() // 32 * 32].float().view(-1, 32).sort(dim=1).values
         distinct = 1 + (values.diff(dim=1) != 0).sum(dim=1)
         few += int(((distinct > 1) & (distinct <= 16)).sum())
         groups += int((distinct > 1).sum())
-        same += int((fake_quant(w, format) == w).sum())
-        weights += w.numel()
-    return few > 0.99 * groups and same < 0.99 * weights
+    return few > 0.99 * groups
+
+
+@torch.no_grad()
+def recipe_of_grid(model: nn.Module) -> str | None:
+    """The recipe that the linear layers were shipped in, by name with its group size; None where none shows.
+
+    Of all recipes, in their own group size and in those of ``_GROUP_SIZES``, it is the one that leaves most of a
+    sample's weights, zeros apart, as they are, and at least 99 %. Not told are those that do not reproduce their own
+    values, compressed-tensors' int4 for one, which fits a new scale to them, and those with a scale for a whole tensor.
+    """
+    samples = [(w, w != 0) for w in _sample(model)]
+    local = [name for name, recipe in FORMATS.items() if not recipe.looks_at_tensor]
+    sized = [f"{name}@{size}" for name in local for size in _GROUP_SIZES if size in FORMATS[name].legal_group_sizes]
+    found, most = None, 0.99
+    for name in (*local, *sized):
+        try:
+            kept = torch.cat([(fake_quant(w, name) == w)[nonzero] for w, nonzero in samples]).double().mean().item()
+        except ValueError:  # a group size that does not divide the rows of a layer
+            continue
+        if kept > most:
+            found, most = name, kept
+    return found
+
+
+def _sample(model: nn.Module) -> list[Tensor]:
+    """The first 2^16 weights, in whole rows, of each of up to eight layers, as a checkpoint in bf16 holds them."""
+    layers = list(deployed_linears(model).values())
+    chosen = layers[:: -(-len(layers) // 8)]
+    return [w.weight.detach()[: max((1 << 16) // w.in_features, 1)].to(torch.bfloat16) for w in chosen]
 
 
 @torch.no_grad()

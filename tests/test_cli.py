@@ -61,17 +61,27 @@ def test_unlearn_trains_on_the_weights_of_4_bits_unless_told_otherwise(unlearned
     assert told.returncode == 0 and ", passes on ct-int4-sym@32 weights)" in told.stdout, told.stderr
 
 
-@pytest.mark.parametrize(("shipped_in", "warned"), [("bnb-nf4", False), ("ct-int4-sym@32", True)])
-def test_unlearn_says_that_the_weights_lie_on_another_grid(shipped_in, warned, tiny_checkpoint, sets, tmp_path):
+@pytest.mark.parametrize(
+    ("shipped_in", "passes", "said"),
+    [
+        ("bnb-nf4", "bnb-nf4", None),
+        ("gguf-q4_0", "gguf-q4_0", "lies on the grid of gguf-q4_0: training passes run on its weights"),
+        ("ct-int4-sym@32", "bnb-nf4", "lies on the grid of a 4-bit recipe that cannot be told from its weights"),
+    ],
+)
+def test_unlearn_trains_on_the_grid_that_the_weights_lie_on(shipped_in, passes, said, tiny_checkpoint, sets, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
     deploy_weights_(model, shipped_in).save_pretrained(tmp_path / "shipped")
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "shipped")
-    done = quail(
-        *("unlearn", "--model", tmp_path / "shipped", "--forget", sets / "forget.json"),
-        *("--out", tmp_path / "out", "--set", "max_steps=1"),
-    )
+    unlearn = ("unlearn", "--model", tmp_path / "shipped", "--forget", sets / "forget.json", "--set", "max_steps=1")
+    done = quail(*unlearn, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert ("lies on the grid of a 4-bit recipe that is not bnb-nf4" in done.stderr) is warned, done.stderr
+    assert f"passes on {passes} weights" in done.stdout
+    assert said in done.stderr if said else "lies on" not in done.stderr
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert all(torch.equal(fake_quant(w.weight, passes), w.weight) for w in deployed_linears(saved).values())
+    named = quail(*unlearn, "--out", tmp_path / "named", "--set", "fake_quant=bnb-fp4")
+    assert "passes on bnb-fp4 weights" in named.stdout and "lies on" not in named.stderr
 
 
 def test_unlearn_leaves_an_ordinary_checkpoint(unlearned):

@@ -11,7 +11,7 @@ from quail import losses
 from quail.data import UnlearningCollator, UnlearningDataset, collate
 from quail.trainer import QuailTrainer, deploy_weights_
 from quail.updates import push_over_edge, saliency_masks
-from quail.weights import bucket_widths, deployed_linears, lies_on_another_grid, noisy, stored_in
+from quail.weights import bucket_widths, deployed_linears, lies_on_a_grid, noisy, recipe_of_grid, stored_in
 from quail_kernels import FORMATS, bucket_compare, fake_quant, quantize
 
 FORGET, RETAIN = rows([(4, 3), (6, 1), (2, 7), (0, 4)]), rows([(3, 2), (5, 6), (1, 9), (2, 2)], seed=1)
@@ -231,17 +231,45 @@ def test_noise_has_the_width_of_the_weights_buckets(format):
         assert "forward" not in model.lm_head.__dict__
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_what_was_shipped_in_another_recipe_is_told(format, dtype):
+def _linears(dtype: torch.dtype) -> torch.nn.Sequential:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(256, 320, bias=False, dtype=dtype) for _ in range(3)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, std=0.02)
     layers[1].weight.data[:40] = 0  # as pruning leaves them
-    model = torch.nn.Sequential(*layers)
-    assert not lies_on_another_grid(model, "bnb-nf4")
-    # Two groups of sixteen have more values than one of 32.
-    told = format not in ("bnb-nf4", "nvfp4")
-    assert lies_on_another_grid(deploy_weights_(model, format), "bnb-nf4") is told
+    return torch.nn.Sequential(*layers)
+
+
+REPRODUCED = {"bnb-nf4", "bnb-fp4", "awq-int4-sym", "gguf-q4_0", "gguf-q4_1", "mxfp4", "mxfp4-rceil", "gguf-mxfp4"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_was_shipped_in_four_bits_is_told(format, dtype):
+    model = _linears(dtype)
+    assert not lies_on_a_grid(model) and recipe_of_grid(model) is None
+    deploy_weights_(model, format)
+    assert lies_on_a_grid(model) is (format != "nvfp4")  # two groups of sixteen have more values than one of 32
+    # The mxfp4s differ in the choice of a scale, which is in the values no more.
+    assert recipe_of_grid(model) == (("mxfp4" if "mxfp4" in format else format) if format in REPRODUCED else None)
+
+
+@pytest.mark.parametrize("format", ["bnb-nf4@32", "bnb-nf4@128", "bnb-fp4@256", "awq-int4-sym@32", "awq-int4-sym@64"])
+def test_the_group_size_of_a_shipped_recipe_is_told(format):
+    assert recipe_of_grid(deploy_weights_(_linears(torch.bfloat16), format)) == format
+
+
+def test_one_layer_that_was_kept_in_16_bits_hides_the_grid():
+    model = _linears(torch.bfloat16)
+    kept = model[2].weight.clone()
+    deploy_weights_(model, "gguf-q4_0")
+    model[2].weight.data.copy_(kept)
+    assert recipe_of_grid(model) is None and not lies_on_a_grid(model)
+
+
+def test_a_recipe_whose_groups_do_not_divide_the_rows_is_passed_over():
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False), torch.nn.Linear(64, 96, bias=False))
+    assert recipe_of_grid(deploy_weights_(model, "awq-int4-sym@32")) == "awq-int4-sym@32"
 
 
 def test_noise_is_straight_through():
