@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ...data import collate, encode_classes
 from ...losses import answer_logits
+from ...machine import linear_in_fp32
 from ...metrics.classification import classification
 from .base import Measured, Task, evenly
 from .mide22 import FILE, LABELS, read_tweets
@@ -137,10 +138,11 @@ class Mide22Classification(Task):
     def _logits(self, model: nn.Module, rows: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [rows, classes] in fp32 and labels [rows], on the CPU."""
         found, device = [], next(model.parameters()).device
-        for start in range(0, len(rows), self.settings.score_batch):
-            batch = collate(rows[start : start + self.settings.score_batch], self.pad_token_id)
-            logits, labels = answer_logits(model, {key: value.to(device) for key, value in batch.items()})
-            found.append((logits[:, 0].float().cpu(), labels[:, 0].cpu()))
+        with linear_in_fp32(device):
+            for start in range(0, len(rows), self.settings.score_batch):
+                batch = collate(rows[start : start + self.settings.score_batch], self.pad_token_id)
+                logits, labels = answer_logits(model, {key: value.to(device) for key, value in batch.items()})
+                found.append((logits[:, 0].float().cpu(), labels[:, 0].cpu()))
         logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
         return logits, labels
 
