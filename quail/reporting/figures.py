@@ -573,8 +573,10 @@ def _in_order(first: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
 
 
 def _planned(content: dict, method: str, regime: str) -> bool:
-    of_method = (content["methods"].get(method) or {}).get("regimes")
-    return method in content["methods"] and (of_method is None or regime in of_method)
+    if method not in content["methods"]:
+        return False
+    of_method = {**(content.get("defaults") or {}), **(content["methods"][method] or {})}.get("regimes")
+    return of_method is None or regime in of_method
 
 
 def _classes(content: dict) -> Sequence[str]:

@@ -268,9 +268,14 @@ def test_a_figure_that_some_seeds_lack_is_left_out(make_results, tmp_path):
     assert "<td>0.25</td><td>-</td>" in table.split("</details>")[0]
 
 
-def test_a_method_of_one_regime_is_not_missing_in_the_other(make_results, tmp_path):
+@pytest.mark.parametrize("by", ["its own", "the default"])
+def test_a_method_of_one_regime_is_not_missing_in_the_other(by, make_results, tmp_path):
     made = make_results(methods=("A", "B"), regimes=("16bit", "grid:bnb-nf4"))
-    made.content["methods"]["B"] = {"regimes": ["grid:bnb-nf4"]}
+    if by == "its own":
+        made.content["methods"]["B"] = {"regimes": ["grid:bnb-nf4"]}
+    else:
+        made.content["defaults"]["regimes"] = ["grid:bnb-nf4"]
+        made.content["methods"]["A"] = {"regimes": ["16bit", "grid:bnb-nf4"]}
     made.row(None, "none", 20)
     run = read_run(made.write(tmp_path))
     assert [[method.name for method in regime.methods] for regime in run.regimes] == [["A"], ["A", "B"]]
