@@ -123,16 +123,18 @@ def recipe_of_grid(model: nn.Module) -> str | None:
     """The recipe that the linear layers were shipped in, by name with its group size; None where none shows.
 
     Of all recipes, in their own group size and in those of ``_GROUP_SIZES``, it is the one that leaves most of a
-    sample's weights, zeros apart, as they are, and at least 99 %. Not told are those that do not reproduce their own
-    values, compressed-tensors' int4 for one, which fits a new scale to them, and those with a scale for a whole tensor.
+    sample's weights, zeros apart, as they are, and at least 99 %; with a scale for a whole tensor the sample is the
+    smallest layer. Not told are those that do not reproduce their own values, compressed-tensors' int4 for one, which
+    fits a new scale to them.
     """
-    samples = [(w, w != 0) for w in _sample(model)]
-    local = [name for name, recipe in FORMATS.items() if not recipe.looks_at_tensor]
-    sized = [f"{name}@{size}" for name in local for size in _GROUP_SIZES if size in FORMATS[name].legal_group_sizes]
+    sample = _sample(model)
+    smallest = min((layer.weight.detach() for layer in deployed_linears(model).values()), key=torch.numel)
+    sized = [f"{name}@{n}" for name, recipe in FORMATS.items() for n in _GROUP_SIZES if n in recipe.legal_group_sizes]
     found, most = None, 0.99
-    for name in (*local, *sized):
+    for name in (*FORMATS, *sized):
+        weights = [smallest.to(torch.bfloat16)] if get_format(name).looks_at_tensor else sample
         try:
-            kept = torch.cat([(fake_quant(w, name) == w)[nonzero] for w, nonzero in samples]).double().mean().item()
+            kept = torch.cat([(fake_quant(w, name) == w)[w != 0] for w in weights]).double().mean().item()
         except ValueError:  # a group size that does not divide the rows of a layer
             continue
         if kept > most:

@@ -240,7 +240,17 @@ def _linears(dtype: torch.dtype) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers)
 
 
-REPRODUCED = {"bnb-nf4", "bnb-fp4", "awq-int4-sym", "gguf-q4_0", "gguf-q4_1", "mxfp4", "mxfp4-rceil", "gguf-mxfp4"}
+REPRODUCED = {
+    "bnb-nf4",
+    "bnb-fp4",
+    "awq-int4-sym",
+    "gguf-q4_0",
+    "gguf-q4_1",
+    "mxfp4",
+    "mxfp4-rceil",
+    "gguf-mxfp4",
+    "nvfp4",
+}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -250,8 +260,10 @@ def test_what_was_shipped_in_four_bits_is_told(format, dtype):
     assert not lies_on_a_grid(model) and recipe_of_grid(model) is None
     deploy_weights_(model, format)
     assert lies_on_a_grid(model) is (format != "nvfp4")  # two groups of sixteen have more values than one of 32
-    # The mxfp4s differ in the choice of a scale, which is in the values no more.
-    assert recipe_of_grid(model) == (("mxfp4" if "mxfp4" in format else format) if format in REPRODUCED else None)
+    told = (
+        "mxfp4" if "mxfp4" in format else format
+    )  # they differ in the choice of a scale, of which values know nothing
+    assert recipe_of_grid(model) == (told if format in REPRODUCED else None)
 
 
 @pytest.mark.parametrize("format", ["bnb-nf4@32", "bnb-nf4@128", "bnb-fp4@256", "awq-int4-sym@32", "awq-int4-sym@64"])
