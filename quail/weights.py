@@ -23,13 +23,13 @@ _GROUP_SIZES = (32, 64, 128, 256)  # that 4-bit checkpoints are shipped with
 def deployed_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that a deployment in 4 bits quantizes, by name: those that ``quantizers.deploy`` does.
 
-    All but the output head, ``head_modules`` and, in a model of transformers, a layer whose weight is the last
-    parameter. Raises ValueError where none is left.
+    All but the output head, ``head_modules``, PEFT's adapters and, in a model of transformers, a layer whose weight is
+    the last parameter. Raises ValueError where none is left.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inner, last, kept = innermost(model), None, {head}
+    inner, last, kept = innermost(model), None, {head} | _adapters(model)
     if isinstance(inner, PreTrainedModel):
-        *_, last = inner.parameters()
+        *_, last = (p for module in inner.modules() if module not in kept for p in module.parameters(recurse=False))
         kept |= {module for name in head_modules(inner) for module in inner.get_submodule(name).modules()}
     layers = {
         name: layer
@@ -39,6 +39,16 @@ def deployed_linears(model: nn.Module) -> dict[str, nn.Linear]:
     if not layers:
         raise ValueError(f"model: expected nn.Linear layers besides the head; got a {type(model).__name__} without")
     return layers
+
+
+def _adapters(model: nn.Module) -> set[nn.Module]:
+    """What PEFT has put beside the layers of ``model``."""
+    found: set[nn.Module] = set()
+    for adapted in model.modules():
+        for name in getattr(adapted, "adapter_layer_names", ()):  # of its BaseTunerLayer
+            if isinstance(child := getattr(adapted, name, None), nn.Module):
+                found.update(child.modules())
+    return found
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -197,8 +207,9 @@ def _computing_with(model: nn.Module, weight_of: Callable[[Tensor], Tensor] | No
     patched = []
     try:
         for layer in deployed_linears(model).values() if weight_of is not None else ():
+            forward = functools.partial(F.linear, weight=weight_of(layer.weight), bias=layer.bias)
             patched.append((layer, layer.__dict__.get("forward")))
-            layer.forward = functools.partial(F.linear, weight=weight_of(layer.weight), bias=layer.bias)
+            layer.forward = forward
         yield
     finally:
         for layer, forward in patched:

@@ -565,10 +565,12 @@ def test_no_noise_is_no_margin(config):
         make_trainer(model, config(margin_mode="calibrated"))
 
 
-def test_the_calibrated_margin_of_adapters_is_that_of_the_model_below_them(config):
-    expected = make_trainer(llama(), config(margin_mode="calibrated")).hinge_margin
+@pytest.mark.parametrize("format", ["bnb-nf4", "gguf-q4_0"])  # the latter's groups do not divide an adapter's rank
+def test_the_calibrated_margin_of_adapters_is_that_of_the_model_below_them(config, format):
+    args = config(margin_mode="calibrated", margin_format=format)
+    expected = make_trainer(llama(), args).hinge_margin
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
-    assert make_trainer(model, config(margin_mode="calibrated")).hinge_margin == pytest.approx(expected, rel=1e-5)
+    assert make_trainer(model, args).hinge_margin == pytest.approx(expected, rel=1e-5)
 
 
 def test_rmu_moves_nothing_above_its_layer(config):

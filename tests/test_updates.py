@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import llama, rows, training
 from transformers import TrainerCallback
 
@@ -11,7 +12,15 @@ from quail import losses
 from quail.data import UnlearningCollator, UnlearningDataset, collate
 from quail.trainer import QuailTrainer, deploy_weights_
 from quail.updates import push_over_edge, saliency_masks
-from quail.weights import bucket_widths, deployed_linears, lies_on_a_grid, noisy, recipe_of_grid, stored_in
+from quail.weights import (
+    bucket_widths,
+    deployed_linears,
+    fake_quantized,
+    lies_on_a_grid,
+    noisy,
+    recipe_of_grid,
+    stored_in,
+)
 from quail_kernels import FORMATS, bucket_compare, fake_quant, quantize
 
 FORGET, RETAIN = rows([(4, 3), (6, 1), (2, 7), (0, 4)]), rows([(3, 2), (5, 6), (1, 9), (2, 2)], seed=1)
@@ -210,6 +219,22 @@ def test_the_floor_carries_an_update_over_that_quantization_would_drop(train, sc
         assert total > 0
     else:
         assert 0.018 < total / sum(layer.weight.numel() for layer in layers.values()) <= 0.0201
+
+
+def test_adapters_are_no_layers_that_a_deployment_quantizes():
+    plain = llama()
+    names = list(deployed_linears(plain))
+    adapted = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear"))
+    prefix, suffix = "base_model.model.", ".base_layer"
+    assert [name.removeprefix(prefix).removesuffix(suffix) for name in deployed_linears(adapted)] == names
+
+
+def test_where_a_layer_does_not_fit_nothing_stays_patched():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 20), torch.nn.Linear(20, 64))
+    with pytest.raises(ValueError, match="expected a last dimension that is a multiple of 32"):
+        with fake_quantized(model, "gguf-q4_0"):
+            raise AssertionError("entered")
+    assert not any("forward" in layer.__dict__ for layer in model)
 
 
 @pytest.mark.parametrize("format", ["bnb-nf4", "ct-int4-sym@64", "gguf-q4_0", "minmax-int4"])
