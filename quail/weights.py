@@ -27,9 +27,11 @@ def deployed_linears(model: nn.Module) -> dict[str, nn.Linear]:
     the last parameter. Raises ValueError where none is left.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inner, last, kept = innermost(model), None, {head} | _adapters(model)
+    adapters = _adapters(model)
+    inner, last, kept = innermost(model), None, {head} | adapters
     if isinstance(inner, PreTrainedModel):
-        *_, last = (p for module in inner.modules() if module not in kept for p in module.parameters(recurse=False))
+        beside = {p for module in adapters for p in module.parameters(recurse=False)}
+        *_, last = (p for p in inner.parameters() if p not in beside)
         kept |= {module for name in head_modules(inner) for module in inner.get_submodule(name).modules()}
     layers = {
         name: layer

@@ -221,9 +221,14 @@ def test_the_floor_carries_an_update_over_that_quantization_would_drop(train, sc
         assert 0.018 < total / sum(layer.weight.numel() for layer in layers.values()) <= 0.0201
 
 
-def test_adapters_are_no_layers_that_a_deployment_quantizes():
-    plain = llama()
+@pytest.mark.parametrize(("tied", "layers"), [(True, 13), (False, 14)])
+def test_adapters_are_no_layers_that_a_deployment_quantizes(tied, layers):
+    plain = llama(tie_word_embeddings=tied)
+    end = plain.model.layers[-1]
+    # So its last parameter is the head's weight or, tied, a layer's, which transformers keeps from the quantizers.
+    plain.model.norm = end.input_layernorm = end.post_attention_layernorm = torch.nn.Identity()
     names = list(deployed_linears(plain))
+    assert len(names) == layers
     adapted = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear"))
     prefix, suffix = "base_model.model.", ".base_layer"
     assert [name.removeprefix(prefix).removesuffix(suffix) for name in deployed_linears(adapted)] == names
