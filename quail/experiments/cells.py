@@ -79,10 +79,11 @@ class Store:
                 raise ValueError(f"out: expected a new folder or one of an earlier run; got {got}")
         self._lock = None
 
-    def open(self) -> "Store":
+    def open(self, *, public_cells: bool = False) -> "Store":
         """Makes the folder, and keeps any other process from working on it until this one ends or ``close``.
 
-        The lock is the kernel's: a killed process leaves none. Raises ValueError where another process holds it.
+        A new folder's ``.gitignore`` leaves the cells out unless ``public_cells``. The lock is the kernel's: a killed
+        process leaves none. Raises ValueError where another process holds it.
         """
         for folder in ("cells", "checkpoints"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,8 @@ class Store:
         for partial in (*self.root.glob("*.partial"), *self.root.glob("*/*.partial"), self.root / "scratch"):
             shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
         if not (self.root / ".gitignore").exists():
-            self.write_text(".gitignore", "*\n!RESULTS.json\n")
+            cells = "!cells/\n!cells/*.json\n" if public_cells else ""
+            self.write_text(".gitignore", f"*\n!RESULTS.json\n!run.json\n{cells}")
         return self
 
     def close(self) -> None:

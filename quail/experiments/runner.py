@@ -24,7 +24,7 @@ from .cells import STAGE_VERSIONS, WITH_CHECKPOINT, Cell, Store, dumps, rounded
 from .recipe import REGIME_16BIT, REGIME_GRID, Recipe, calibrates
 from .tasks import TASKS, Task
 
-SCHEMA = 1
+SCHEMA = 2
 _DIGITS = 4  # of the figures in RESULTS.json; cells have six
 _OF_A_LAYERS_OUTPUT = ("output_snr", "output_snr_db", "output_snr_flip_law", "output_cosine", "output_share")
 _OF_A_LAYER = ("code_overlap", "value_overlap", "predicted_flip_share", "delivered_share", "delivered_cosine")
@@ -67,7 +67,7 @@ def run(
     digests = task.digests()
     chosen = tuple(seeds) if seeds is not None else recipe.seeds
     cells = plan(recipe, digests, chosen, only)
-    store = Store(out).open()
+    store = Store(out).open(public_cells=not task.cells_quote)
     try:
         earlier = _earlier_seeds(store, recipe)
         everything = plan(recipe, digests, dict.fromkeys((*recipe.seeds, *earlier, *chosen)), None)
@@ -136,8 +136,11 @@ def plan(recipe: Recipe, digests: dict, seeds: Sequence[int], only: str | None =
     return cells
 
 
-def gather(store: Store, cells: Sequence[Cell], described: dict) -> dict:
-    """The rows of every score that is there: what ``RESULTS.json`` holds."""
+def gather(store: Store, cells: Sequence[Cell], described: dict, *, whole: bool) -> dict:
+    """The rows of every score that is there: what ``RESULTS.json`` holds.
+
+    What is by example and by layer is left to the cells unless ``whole``.
+    """
     rows, audits = [], []
     records = {cell.key: store.read(cell) for cell in cells}
     for cell in cells:
@@ -145,15 +148,16 @@ def gather(store: Store, cells: Sequence[Cell], described: dict) -> dict:
         if record is None:
             continue
         if cell.stage == "audit":
-            audits.append(cell.where | {"formats": rounded(record["outputs"], _DIGITS)})
+            found = {"formats": rounded(record["outputs"], _DIGITS)} if whole else {}
+            audits.append(cell.where | {"cell": cell.key} | found)
         if cell.stage != "score":
             continue
         made = records[cell.parent.key] or {}
-        common = {"task": described["task"]} | {k: cell.where.get(k) for k in ("regime", "method", "seed", "quantizer")}
+        common = {k: cell.where.get(k) for k in ("regime", "method", "seed", "quantizer")}
         training_of = {k: v for k, v in (made.get("outputs") or {}).items() if k != "trace"}
         seconds = {"score": record["seconds"], cell.parent.stage: made.get("seconds")}
         for row in record["outputs"]["rows"]:
-            if row["half"] == "validation":
+            if row["half"] == "validation" or not whole:
                 row = {key: value for key, value in row.items() if key != "examples"}  # selection needs no intervals
             rows.append(
                 common | rounded(row, _DIGITS) | {"training": training_of, "seconds": seconds, "cell": cell.key}
@@ -316,9 +320,9 @@ class _Runner:
     def _gather(self) -> None:
         described = {"recipe": self.recipe.name, "quick": self.recipe.quick, "task": self.recipe.task}
         described |= {"stage_versions": STAGE_VERSIONS, "content": self.recipe.raw}
-        results = gather(self.store, self.everything, described)
+        results = gather(self.store, self.everything, described, whole=self.task.cells_quote)
         text = dumps(results, separators=(",", ":"))
-        self.store.write_text("RESULTS.json", text.replace('{"task"', '\n{"task"') + "\n")  # a row a line
+        self.store.write_text("RESULTS.json", text.replace('{"regime"', '\n{"regime"') + "\n")  # a row a line
 
     def _drop_checkpoints(self, after: Cell | None = None) -> None:
         """Removes unlearned checkpoints that nothing planned reads any more, unless the recipe keeps them."""

@@ -26,7 +26,7 @@ from ..metrics.intervals import SMALLEST_FORGOTTEN, Recovery, recovery
 if TYPE_CHECKING:  # it imports torch, which a run without audits does not need
     from ..auditing.predictors import RankCorrelation
 
-SCHEMA = 1
+SCHEMA = 2
 FULL = "none"
 HALF, VALIDATION = "report", "validation"
 LARGEST_RECOVERY, LARGEST_RETAIN_LOSS = 0.05, 0.02
@@ -462,8 +462,8 @@ def regime_title(name: str) -> str:
 def read_run(path: str | os.PathLike) -> Run:
     """The figures of a run's folder or of its ``RESULTS.json``.
 
-    Of a folder the texts that models gave are read, too, from ``cells/``; ``RESULTS.json`` has none. Raises
-    ValueError where the file is not there, or is not what ``quail run`` writes.
+    ``cells/`` beside it are read for the texts that models gave, where they are there, and for what ``RESULTS.json``
+    leaves to them. Raises ValueError where a file is not there, or is not what ``quail run`` writes.
     """
     path = Path(path)
     file = path / "RESULTS.json" if path.is_dir() else path
@@ -476,27 +476,49 @@ def read_run(path: str | os.PathLike) -> Run:
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         found = results.get("schema") if isinstance(results, dict) else type(results).__name__
         raise ValueError(f"run: expected RESULTS.json with schema {SCHEMA}; got {found!r} in {file}")
-    texts = _texts(path / "cells") if path.is_dir() else lambda row: {}
+    cells = _Cells(file.parent / "cells")
     try:
-        return _run(results, texts)
+        cells.complete(results)
+        return _run(results, cells.texts)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"run: expected what quail run writes; got {type(error).__name__} {error} in {file}") from None
 
 
-def _texts(folder: Path):
-    """Reads what the model of a row said, by set, of the row's half: the odd places."""
+class _Cells:
+    """The cells beside a ``RESULTS.json``."""
 
-    def read(row: dict) -> dict[str, list[str]]:
-        key = str(row.get("cell", ""))
-        if not key.isalnum():
-            return {}
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def texts(self, row: dict) -> dict[str, list[str]]:
+        """What the model of a row said, by set, of its half: the odd places. Nothing where its cell is not there."""
+        said = self._outputs("score", row).get("texts") or {}
+        return {name: texts[1::2] for name, texts in said.items()}
+
+    def complete(self, results: dict) -> None:
+        """Puts in what is by example and by layer, where it was left to the cells."""
+        for row in results["rows"]:
+            if row["half"] == HALF and "examples" not in row:
+                rows = self._needed("score", row)["rows"]
+                row["examples"] = next(each["examples"] for each in rows if each["half"] == HALF)
+        for audit in results.get("audits") or ():
+            if "formats" not in audit:
+                audit["formats"] = self._needed("audit", audit)
+
+    def _needed(self, stage: str, entry: dict) -> dict:
+        if not (outputs := self._outputs(stage, entry)):
+            file = self._file(stage, entry)
+            raise ValueError(f"run: expected the cells of RESULTS.json beside it; got no cells/{file.name}")
+        return outputs
+
+    def _outputs(self, stage: str, entry: dict) -> dict:
         try:
-            cell = json.loads((folder / f"score-{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return json.loads(self._file(stage, entry).read_text(encoding="utf-8"))["outputs"]
+        except (OSError, ValueError, KeyError):
             return {}
-        return {name: said[1::2] for name, said in (cell.get("outputs", {}).get("texts") or {}).items()}
 
-    return read
+    def _file(self, stage: str, entry: dict) -> Path:
+        return self.folder / f"{stage}-{Path(str(entry.get('cell'))).name}.json"
 
 
 def _run(results: dict, texts) -> Run:

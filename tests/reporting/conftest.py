@@ -34,7 +34,7 @@ class Results:
         }
         machine = {"versions": {"python": "3.11", "torch": "2.13"}, "machine": {"device": "a processor", "threads": 2}}
         self.results = {
-            **{"schema": 1, "recipe": "small", "quick": False, "task": "tofu", "content": content},
+            **{"schema": 2, "recipe": "small", "quick": False, "task": "tofu", "content": content},
             **{"cells": {"planned": 9, "done": 8}, "made_by": [machine], "seconds": 12.3, "audits": [], "rows": []},
         }
         self.content = content
@@ -51,7 +51,7 @@ class Results:
             name: {figure: sum(values) / len(values) for figure, values in figures.items()}
             for name, figures in examples.items()
         }
-        place = {"task": "tofu", "regime": regime, "method": method, "seed": seed, "quantizer": quantizer}
+        place = {"regime": regime, "method": method, "seed": seed, "quantizer": quantizer}
         cell = f"{len(self.results['rows']):024x}"
         seconds = {"score": 1.0, "unlearn": 30.0} if method else {"score": 1.0}
         found = {"half": half, "metrics": metrics, "examples": examples, "training": training, "seconds": seconds}

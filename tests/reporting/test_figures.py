@@ -347,7 +347,30 @@ def test_examples_of_a_folder_are_what_the_cells_say(small, tmp_path):
     assert (first.place, last.place, first.of, first.right) == (1, 20, 20, None) and 1 < middle.place < 20
     assert last.given["A"]["bnb-nf4"] == "A bnb-nf4 report 19"
     assert first.given[None]["none"] == "None none report 0"
-    assert read_run(file).regimes[0].examples == ()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert read_run(file).regimes[0].examples == (first, middle, last)
+    assert read_run(small.write(alone)).regimes[0].examples == ()
+
+
+def test_what_is_left_to_the_cells_is_read_from_them(small, tmp_path):
+    small.audit("A")
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    together.mkdir()
+    (apart / "cells").mkdir(parents=True)
+    expected = read_run(small.write(together))
+    for row in small.results["rows"]:
+        halves = [{"half": "validation"}, {"half": "report", "examples": row.pop("examples")}]
+        (apart / "cells" / f"score-{row['cell']}.json").write_text(json.dumps({"outputs": {"rows": halves}}))
+    (audit,) = small.results["audits"]
+    audit_file = apart / "cells" / "audit-a1.json"
+    audit_file.write_text(json.dumps({"outputs": audit.pop("formats")}))
+    audit["cell"] = "a1"
+    assert read_run(small.write(apart)) == expected
+    assert read_run(apart / "RESULTS.json") == expected and expected.regimes[0].audits[0].layers
+    audit_file.unlink()
+    with pytest.raises(ValueError, match="expected the cells of RESULTS.json beside it; got no cells/audit-a1.json"):
+        read_run(apart)
 
 
 def test_examples_of_a_classifier_are_classes(small, tmp_path):
@@ -368,7 +391,7 @@ def test_examples_of_a_classifier_are_classes(small, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(schema=99), "expected RESULTS.json with schema 1; got 99"),
+        (lambda r: r.update(schema=99), "expected RESULTS.json with schema 2; got 99"),
         (lambda r: r.update(rows=[]), "expected rows of the report half; got none"),
         (lambda r: r.pop("content"), "expected what quail run writes; got KeyError 'content'"),
         (lambda r: r["rows"].append(r["rows"][0]), "expected one row a cell; got two of"),

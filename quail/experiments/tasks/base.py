@@ -52,6 +52,9 @@ class Task(ABC):
     score_files: ClassVar[frozenset[str]] = frozenset()
     # Raised by hand when a change to the task's figures is to be made in scores that are there, too.
     score_version: ClassVar[int] = 1
+    # Whether its cells hold what models said, which is the data's text. Those of others can be committed beside
+    # RESULTS.json, which then leaves to them what is by example and by layer.
+    cells_quote: ClassVar[bool] = True
 
     def __init__(self, settings, data: Path | None, model: str | None):
         self.settings, self.data, self.model = settings, data, model

@@ -59,6 +59,7 @@ class Mide22Classification(Task):
     stop_metrics = ("accuracy",)
     auto = AutoModelForSequenceClassification
     score_settings = frozenset({"retain_scored", "score_batch"})
+    cells_quote = False
 
     def files(self) -> list[str]:
         return [FILE]
