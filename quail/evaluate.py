@@ -9,11 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import QA_TEMPLATE, Example, encode
-from .inference import class_probabilities, decode, evaluating, greedy, greedy_ids, row_scores, token_scores
+from .inference import (
+    TokenScores,
+    class_probabilities,
+    decode,
+    evaluating,
+    greedy,
+    greedy_ids,
+    row_scores,
+    token_scores,
+)
 from .metrics import memorization, muse, tofu
 from .metrics.classification import Classification, classification
 from .metrics.measurement import Measurement
@@ -95,26 +105,29 @@ def score_answers(
     *,
     batch_size: int = 64,
     max_length: int = 512,
+    scores: Sequence[TokenScores] | None = None,
 ) -> list[Answer]:
     """Each example's answer, by teacher forcing (NLL) and by greedy decoding (ROUGE-L recall, exact match).
 
     What is expected is the completion's tokens, decoded; of a text without a prompt, those after the first. Decoding
     is given as many tokens as the expected answer has, the end included. ROUGE-L is the rouge-score package's,
-    stemmed, as TOFU has it. Exact: the same words, case and punctuation, white space at the ends apart. Raises
-    ValueError where there is no example.
+    stemmed, as TOFU has it. Exact: the same words, case and punctuation, white space at the ends apart. ``scores`` are
+    the examples' ``token_scores``, where they have been made. Raises ValueError where there is no example.
     """
     if not examples:
         raise ValueError("examples: expected at least one; got none")
     rows = encode(examples, tokenizer, max_length)
     completions = [_completion(row) for row in rows]
-    scores = row_scores(model, rows, tokenizer, batch_size)
-    # Where every token of the answer is the first choice after those before it, greedy decoding says just that.
-    said_ids, unforeseen = list(completions), [i for i, score in enumerate(scores) if not score.hits.all()]
-    prompts = [row["input_ids"][: len(row["input_ids"]) - len(c)] for row, c in zip(rows, completions, strict=True)]
-    room = [len(completions[i]) for i in unforeseen]
-    new = greedy_ids(model, tokenizer, [prompts[i] for i in unforeseen], room, batch_size=batch_size)
-    for i, ids in zip(unforeseen, new, strict=True):
-        said_ids[i] = ids
+    if scores is None:
+        scores = row_scores(model, rows, tokenizer, batch_size)
+    # As far as each token of the answer is the first choice after those before it, greedy decoding says just that.
+    foreseen = [int(np.append(score.hits, False).argmin()) for score in scores]
+    unforeseen = [i for i, completion in enumerate(completions) if foreseen[i] < len(completion)]
+    room = [len(completions[i]) - foreseen[i] for i in unforeseen]
+    prompts = [rows[i]["input_ids"][:-left] for i, left in zip(unforeseen, room, strict=True)]
+    said_ids = list(completions)
+    for i, ids in zip(unforeseen, greedy_ids(model, tokenizer, prompts, room, batch_size=batch_size), strict=True):
+        said_ids[i] = [*completions[i][: foreseen[i]], *ids]
     expected, said = ([text.strip() for text in decode(tokenizer, ids)] for ids in (completions, said_ids))
     recall = memorization.rouge_l(expected, said, stem=True).recall.per_example.tolist()
     return [
@@ -153,9 +166,14 @@ def score_memorization(
     *,
     batch_size: int = 64,
     max_length: int = 512,
+    scores: Sequence[TokenScores] | None = None,
 ) -> Memorization:
-    """By one pass of teacher forcing; ``metrics.memorization`` says what the two are."""
-    scores = token_scores(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+    """By one pass of teacher forcing, or from ``scores``, the examples' ``token_scores``, where they have been made.
+
+    ``metrics.memorization`` says what the two are.
+    """
+    if scores is None:
+        scores = token_scores(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
     hits = [score.without_end().hits for score in scores]
     return Memorization(memorization.exact_memorization(hits), memorization.extraction_strength(hits))
 
@@ -236,10 +254,9 @@ def score_tofu(
     in all, the prompt's among them; open-unlearning 200 new ones, as here.
     """
     prompts = [template.replace("{question}", row["question"]) for row in rows]
-    paraphrased = [row["answer"] if kind == "options" else row["paraphrased_answer"] for row in rows]
-    groups = [
-        [row["answer"], correct, *row["perturbed_answer"]] for row, correct in zip(rows, paraphrased, strict=True)
-    ]
+    # Of options the answer itself is the correct one.
+    correct = [[] if kind == "options" else [row["paraphrased_answer"]] for row in rows]
+    groups = [[row["answer"], *also, *row["perturbed_answer"]] for row, also in zip(rows, correct, strict=True)]
     examples = [
         Example(prompt, " " + answer.strip()) for prompt, group in zip(prompts, groups, strict=True) for answer in group
     ]
@@ -249,8 +266,8 @@ def score_tofu(
     return tofu.tofu_scores(
         kind,
         nll=[nll[0] for nll in nlls],
-        correct_nll=[nll[1] for nll in nlls],
-        perturbed_nll=[nll[2:] for nll in nlls],
+        correct_nll=[nll[len(also)] for nll, also in zip(nlls, correct, strict=True)],
+        perturbed_nll=[nll[1 + len(also) :] for nll, also in zip(nlls, correct, strict=True)],
         rouge=memorization.rouge_l([row["answer"] for row in rows], said, stem=True).recall,
     )
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from quail import losses
 from quail.data import Example, collate, encode
 from quail.evaluate import perplexity, score_answers
-from quail.inference import greedy, row_scores
+from quail.inference import greedy, greedy_ids, row_scores
 from quail.models import load_for_training, load_tokenizer, save_checkpoint
 from quail.quantizers import deploy
 
@@ -50,7 +50,9 @@ def test_a_model_that_says_the_answer_scores_one(deployed, monkeypatch):
     assert answer.exact and answer.rouge_l == 1.0
 
 
-def test_what_is_foreseen_is_what_greedy_decoding_says(deployed):
+@pytest.fixture(scope="module")
+def taught(deployed):
+    """The same model once it knows the first of EXAMPLES by heart."""
     model, tokenizer = copy.deepcopy(deployed[0]), deployed[1]
     rows = encode(EXAMPLES, tokenizer)
     assert not any(score.hits.all() for score in row_scores(model, rows, tokenizer))
@@ -59,10 +61,30 @@ def test_what_is_foreseen_is_what_greedy_decoding_says(deployed):
         losses.nll(*losses.answer_logits(model, collate(rows[:1], tokenizer.pad_token_id))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert row_scores(model, rows[:1], tokenizer)[0].hits.all()
+    return model, tokenizer
+
+
+def test_what_is_foreseen_is_what_greedy_decoding_says(taught):
+    model, tokenizer = taught
+    assert row_scores(model, encode(EXAMPLES[:1], tokenizer), tokenizer)[0].hits.all()
     (answer,) = score_answers(model, tokenizer, EXAMPLES[:1])
     assert answer.exact and answer.rouge_l == 1.0
     assert greedy(model, tokenizer, [EXAMPLES[0].prompt], max_new_tokens=4) == [answer.said] == ["b c d"]
+
+
+def test_decoding_starts_where_the_answer_is_no_longer_foreseen(taught, monkeypatch):
+    model, tokenizer = taught
+    other = Example(EXAMPLES[0].prompt, " b c x")
+    (row,), asked = encode([other], tokenizer), []
+
+    def watched(model, tokenizer, prompts, room, **options):
+        asked.append((prompts, room))
+        return greedy_ids(model, tokenizer, prompts, room, **options)
+
+    monkeypatch.setattr("quail.evaluate.greedy_ids", watched)
+    (answer,) = score_answers(model, tokenizer, [other])
+    assert asked == [([row["input_ids"][:-2]], [2])]  # of b, c, x and the end of sequence
+    assert answer.said == "b c d" and answer.expected == "b c x" and not answer.exact
 
 
 def test_rouge_recall_counts_the_longest_common_subsequence(deployed, monkeypatch):

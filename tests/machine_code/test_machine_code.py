@@ -23,6 +23,8 @@ from compile_kernel import (
     _blocks_in_loops,
 )
 
+pytestmark = pytest.mark.xdist_group("machine_code")  # which compiles in processes of its own
+
 EVERYTHING = os.environ.get("QUAIL_ALL_TARGETS") == "1"
 NAMES = [name for name in CASES if EVERYTHING or "bf16" in name.split()]
 MEASURED_TARGETS = tuple(TARGETS) if EVERYTHING and pinned() else ("sm_90",)

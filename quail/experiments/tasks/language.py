@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ... import losses
 from ...data import QA_TEMPLATE, Example, collate, encode, load_examples, load_refusals, with_refusals
-from ...evaluate import perplexity, score_answers, score_memorization
+from ...evaluate import perplexity, score_answers, score_memorization, token_scores
 from ...models import load_for_training
 from .base import Measured, Task, evenly
 
@@ -131,8 +131,9 @@ class LanguageTask(Task):
         examples, texts = {}, {}
         options = {"batch_size": self.settings.score_batch, "max_length": self.settings.max_length}
         for name, asked in (("forget", self.forget), ("retain", self.retain_scored)):
-            answers = score_answers(model, self.tokenizer, asked, **options)
-            of_tokens = score_memorization(model, self.tokenizer, asked, **options)
+            scores = token_scores(model, self.tokenizer, asked, **options)
+            answers = score_answers(model, self.tokenizer, asked, **options, scores=scores)
+            of_tokens = score_memorization(model, self.tokenizer, asked, scores=scores)
             examples[name] = {
                 "exact": [int(answer.exact) for answer in answers],
                 "rouge_l": [answer.rouge_l for answer in answers],
