@@ -499,8 +499,8 @@ class _Cells:
         """Puts in what is by example and by layer, where it was left to the cells."""
         for row in results["rows"]:
             if row["half"] == HALF and "examples" not in row:
-                rows = self._needed("score", row)["rows"]
-                row["examples"] = next(each["examples"] for each in rows if each["half"] == HALF)
+                halves = {each["half"]: each for each in self._needed("score", row)["rows"]}
+                row["examples"] = halves[HALF]["examples"]
         for audit in results.get("audits") or ():
             if "formats" not in audit:
                 audit["formats"] = self._needed("audit", audit)

@@ -368,6 +368,12 @@ def test_what_is_left_to_the_cells_is_read_from_them(small, tmp_path):
     audit["cell"] = "a1"
     assert read_run(small.write(apart)) == expected
     assert read_run(apart / "RESULTS.json") == expected and expected.regimes[0].audits[0].layers
+    score_file = next((apart / "cells").glob("score-*.json"))
+    whole = score_file.read_text()
+    score_file.write_text(whole.replace("report", "repo"))
+    with pytest.raises(ValueError, match="expected what quail run writes; got KeyError 'report' in .*RESULTS.json"):
+        read_run(apart)
+    score_file.write_text(whole)
     audit_file.unlink()
     with pytest.raises(ValueError, match="expected the cells of RESULTS.json beside it; got no cells/audit-a1.json"):
         read_run(apart)
